@@ -1,0 +1,181 @@
+"""Every option a user can set, once: CLI flags, the README's option table and `LLM`'s keywords come from here.
+
+A field's name with dashes is its flag (`max_model_len` → `--max-model-len`). Standard library only.
+"""
+
+import json
+import re
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
+
+
+def option(default: Any, help: str, *, group: str, metavar: str | None = None, parse: Any = None) -> Any:
+    """A dataclass field with what the command line and the documentation need to know of it."""
+    metadata = {"help": help, "group": group, "metavar": metavar, "parse": parse}
+    if isinstance(default, dict | list):
+        return field(default_factory=lambda: default.copy(), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def parse_length(text: str | int) -> int | Literal["auto"]:
+    """`4096`, `32k` (32 × 1000), `32K` (32 × 1024), `25.6k`; `auto` or -1: as many as the KV cache holds."""
+    if text in ("auto", -1, "-1"):
+        return "auto"
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(text).strip())
+    unit = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+    length = int(float(match[1]) * unit[match[2]]) if match else 0
+    if length < 1:
+        raise ValueError(f"max_model_len must be a number of tokens such as 4096, 32k or 'auto', got {text!r}.")
+    return length
+
+
+def parse_bytes(text: str | int) -> int:
+    """`4294967296`, `4GiB`, `4G` (both 4 × 2**30), `500M`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", str(text).strip())
+    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
+    if size < 1:
+        raise ValueError(f"a memory size is a number of bytes such as 4294967296 or 4GiB, got {text!r}.")
+    return size
+
+
+def parse_json(text: str | dict[str, Any]) -> dict[str, Any]:
+    if isinstance(text, dict):
+        return text
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected a JSON object, got {text!r}: {error}.") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {text!r}.")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine loads and how much it may use.
+
+    Raises:
+      ValueError: a value is out of range; the message names the option.
+    """
+
+    model: str = option("", "Local folder, or name on the Hugging Face hub", group="Model", metavar="MODEL")
+    tokenizer: str | None = option(None, "Folder or hub name of the tokenizer [the model's]", group="Model")
+    revision: str | None = option(None, "Branch, tag or commit on the hub", group="Model")
+    hf_token: str | None = option(None, "Token for gated models [HF_TOKEN, or the stored login]", group="Model")
+    download_dir: str | None = option(None, "Where downloads are kept [the hub's cache]", group="Model")
+    load_format: Literal["auto", "dummy"] = option(
+        "auto", "auto: safetensors; dummy: random weights from config.json alone", group="Model"
+    )
+    dtype: Literal["auto", "bfloat16", "float32"] = option(
+        "auto", "Weights, activations and KV; auto: bfloat16 on a GPU, float32 on a CPU", group="Model"
+    )
+    seed: int = option(0, "Seed of requests that bring none, and of dummy weights", group="Model")
+    hf_overrides: dict[str, Any] = option(
+        {}, "JSON object of fields that replace those of config.json", group="Model", metavar="JSON", parse=parse_json
+    )
+    generation_config: str = option(
+        "auto", "Folder with default sampling values; auto: the model's; vllm: none", group="Model"
+    )
+    override_generation_config: dict[str, Any] = option(
+        {}, "JSON object of default sampling values", group="Model", metavar="JSON", parse=parse_json
+    )
+
+    max_model_len: int | Literal["auto"] | None = option(
+        None,
+        "Longest prompt + answer, in tokens (4096, 32k); auto: what the KV cache holds [the model's own]",
+        group="Length",
+        metavar="TOKENS",
+        parse=parse_length,
+    )
+    rope_scaling: dict[str, Any] | None = option(
+        None,
+        'JSON object, such as {"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":32768}',
+        group="Length",
+        metavar="JSON",
+        parse=parse_json,
+    )
+
+    gpu_memory_utilization: float = option(0.92, "Share of the GPU's memory that qjax takes", group="Memory")
+    kv_cache_memory_bytes: int | None = option(
+        None,
+        "Size of the KV cache (4GiB) [rest of the share; on a CPU 2GiB]",
+        group="Memory",
+        parse=parse_bytes,
+        metavar="BYTES",
+    )
+    block_size: int | None = option(None, "Tokens in a KV page: 16, 32, 64 or 128 [GPU 64, CPU 16]", group="Memory")
+    enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts for later ones", group="Memory")
+
+    max_num_seqs: int | None = option(None, "Requests that run at a time [GPU 256, CPU 32]", group="Scheduler")
+    max_num_batched_tokens: int | None = option(None, "Tokens in one step [GPU 8192, CPU 1024]", group="Scheduler")
+    scheduling_policy: Literal["fcfs", "priority"] = option(
+        "fcfs", "Order of waiting requests: first come, or lowest priority value", group="Scheduler"
+    )
+    max_logprobs: int = option(20, "Most logprobs a request may ask for; -1: the whole vocabulary", group="Scheduler")
+
+    tensor_parallel_size: int = option(1, "Devices that share the model", group="Devices")
+    enforce_eager: bool = option(False, "Compile nothing ahead: start sooner, compile at first use", group="Devices")
+    compilation_cache_dir: str | None = option(
+        None, "Folder of compiled code [~/.cache/qjax/xla, or QJAX_CACHE_DIR]", group="Devices"
+    )
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _coerce(self, f)
+        if not 0.0 < self.gpu_memory_utilization <= 1.0:
+            raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
+        if self.block_size not in (None, 16, 32, 64, 128):
+            raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size}.")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.max_logprobs < -1:
+            raise ValueError(
+                f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """How the HTTP server listens and answers."""
+
+    host: str = option("0.0.0.0", "Address to listen on", group="Server")
+    port: int = option(8000, "Port to listen on; 0: any free one", group="Server")
+    served_model_name: list[str] = option(
+        [], "Names that requests may use for the model; the first is returned [MODEL]", group="Server", metavar="NAME"
+    )
+    api_key: list[str] = option(
+        [], "Keys, one of which each request must bring [QJAX_API_KEY]", group="Server", metavar="KEY"
+    )
+    chat_template: str | None = option(None, "File of a chat template [the tokenizer's]", group="Server")
+    default_chat_template_kwargs: dict[str, Any] = option(
+        {}, 'JSON object, such as {"enable_thinking": false}', group="Server", metavar="JSON", parse=parse_json
+    )
+    shutdown_timeout: float = option(30.0, "Seconds that running requests get after SIGTERM", group="Server")
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            _coerce(self, f)
+        if not 0 <= self.port < 65536:
+            raise ValueError(f"port must be in [0, 65535], got {self.port}.")
+        if self.shutdown_timeout < 0:
+            raise ValueError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}.")
+
+
+def _coerce(config: Any, f: Field) -> None:
+    """Runs a field's parser and checks its choices, so that `LLM(...)` and the command line take the same values."""
+    value = getattr(config, f.name)
+    parse = f.metadata["parse"]
+    if parse is not None and value is not None:
+        try:
+            object.__setattr__(config, f.name, parse(value))
+        except ValueError as error:
+            raise ValueError(f"{f.name}: {error}") from None
+    choices = get_args(f.type) if get_origin(f.type) is Literal else ()
+    if choices and value not in choices:
+        raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def default_of(f: Field) -> Any:
+    return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]

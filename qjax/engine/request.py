@@ -1,0 +1,65 @@
+"""`Request`: one sequence on its way through the engine. Plain Python; changed by the scheduler alone."""
+
+import enum
+from dataclasses import dataclass, field
+
+from qjax.outputs import FinishReason
+from qjax.sampling_params import SamplingParams
+
+
+class RequestStatus(enum.Enum):
+    WAITING = "waiting"  # new, or preempted: holds no page and no slot
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence: its tokens, how far they are computed, and what it holds.
+
+    A sampled token exists on the device before the host has read it: it counts in `num_pending` and so in
+    `num_tokens`, but is not yet in `output_token_ids`.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_tokens: int  # resolved: never more than the context has room for
+    stop_token_ids: frozenset[int] = frozenset()  # EOS (unless ignore_eos) and the request's own
+    arrival_time: float = 0.0
+    priority: int = 0  # lower runs earlier
+    cache_salt: str | None = None
+
+    status: RequestStatus = RequestStatus.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0  # tokens whose K and V are written, or dispatched to be
+    num_pending: int = 0  # steps dispatched that sample a token for this request, not yet read
+    page_ids: list[int] = field(default_factory=list)
+    slot: int | None = None  # row in the device's per-request state while RUNNING
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    num_preemptions: int = 0
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    first_scheduled_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Prompt and output tokens that the host knows."""
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_known_tokens + self.num_pending
+
+    @property
+    def is_finished(self) -> bool:
+        return self.status is RequestStatus.FINISHED
+
+    def tokens(self, start: int, end: int) -> list[int]:
+        """Known token ids of the positions [start, end)."""
+        n = len(self.prompt_token_ids)
+        if end <= n:
+            return self.prompt_token_ids[start:end]
+        return self.prompt_token_ids[start:] + self.output_token_ids[max(start - n, 0) : end - n]
