@@ -1,6 +1,10 @@
-"""What generation returns: vLLM's `RequestOutput` and `CompletionOutput`. Plain Python, no arrays."""
+"""What generation returns: vLLM's `RequestOutput` and `CompletionOutput`. Plain Python, no arrays.
 
-from dataclasses import dataclass, field
+`LLM` returns whole answers. The engine's step and the streams made of it give deltas: `text`, `token_ids` and
+`logprobs` then hold only what is new, and `merge` puts two of them together.
+"""
+
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -17,12 +21,12 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One of a request's `n` answers, cumulative: all that was generated so far."""
+    """One of a request's `n` answers: the whole of it, or in a stream what is new."""
 
     index: int
     text: str
     token_ids: list[int]
-    cumulative_logprob: float | None = None
+    cumulative_logprob: float | None = None  # of all tokens up to here, in a delta too
     logprobs: list[dict[int, Logprob]] | None = None  # one dict a generated token: token id -> Logprob
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token id; None for EOS and for length
@@ -30,6 +34,15 @@ class CompletionOutput:
     @property
     def is_finished(self) -> bool:
         return self.finish_reason is not None
+
+    def merge(self, new: "CompletionOutput") -> "CompletionOutput":
+        """This answer continued by a delta of the same index."""
+        return replace(
+            new,
+            text=self.text + new.text,
+            token_ids=self.token_ids + new.token_ids,
+            logprobs=None if new.logprobs is None else (self.logprobs or []) + new.logprobs,
+        )
 
 
 @dataclass(frozen=True)
