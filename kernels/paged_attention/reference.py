@@ -1,0 +1,102 @@
+"""Paged attention in plain jnp: the specification, and what runs where there is no kernel.
+
+Both functions run the online softmax over blocks of pages and stop at the longest context, so that work and memory
+follow the tokens there are and not the width of the page table.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+BLOCK_TOKENS = 512  # keys and values a step of the loop gathers
+MASKED = -1e30  # finite, so that a row that sees nothing yields 0 and not NaN
+_einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # no tf32 on GPUs
+
+
+def paged_decode_ref(
+    q: jax.Array, kv: jax.Array, page_table: jax.Array, context_lens: jax.Array, *, layer: int, scale: float
+) -> jax.Array:
+    B, N, H = q.shape
+    K = kv.shape[3]
+    last = jnp.broadcast_to(context_lens[:, None] - 1, (B, N // K))
+    out = _attend(q.reshape(B, K, N // K, H), kv, page_table, last, layer=layer, scale=scale)
+    return out.reshape(B, N, H)
+
+
+def paged_prefill_ref(
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    context_lens: jax.Array,
+    query_starts: jax.Array,
+    *,
+    layer: int,
+    scale: float,
+    tile: int | None = None,
+) -> jax.Array:
+    """`tile`: query rows handled at once; a tile's rows belong to one sequence."""
+    T, N, H = q.shape
+    K = kv.shape[3]
+    G = N // K
+    tile = tile or min(128, max(8, T))
+    chunk_lens = jnp.diff(query_starts)
+    tiles_end = jnp.cumsum(-(-chunk_lens // tile))  # [B] tiles of the chunks up to and including this one
+
+    def one_tile(i: jax.Array, out: jax.Array) -> jax.Array:
+        seq = jnp.sum(tiles_end <= i)
+        first_tile = jnp.where(seq > 0, tiles_end[seq - 1], 0)
+        row = (i - first_tile) * tile + jnp.arange(tile)  # [tile] within the chunk
+        is_row = row < chunk_lens[seq]
+        index = jnp.where(is_row, query_starts[seq] + row, T)  # T: read as zeros, dropped when written
+        q_tile = q.at[index].get(mode="fill", fill_value=0)  # [tile, N, H]
+        q_tile = q_tile.reshape(tile, K, G, H).swapaxes(0, 1).reshape(1, K, tile * G, H)
+        last = jnp.where(is_row, context_lens[seq] - chunk_lens[seq] + row, -1)
+        pages = lax.dynamic_slice_in_dim(page_table, seq, 1)
+        out_tile = _attend(q_tile, kv, pages, jnp.repeat(last, G)[None], layer=layer, scale=scale)
+        out_tile = out_tile.reshape(K, tile, G, H).swapaxes(0, 1).reshape(tile, N, H)
+        return out.at[index].set(out_tile, mode="drop")
+
+    return lax.fori_loop(0, tiles_end[-1], one_tile, jnp.zeros_like(q))
+
+
+def _attend(
+    q: jax.Array, kv: jax.Array, page_table: jax.Array, last: jax.Array, *, layer: int, scale: float
+) -> jax.Array:
+    """Rows of queries against the pages of their sequence: q [B, K, R, H] -> [B, K, R, H].
+
+    last  int32 [B, R]  the last position each row sees, -1 = none. Slots past a sequence's largest one may hold
+    anything, NaN included: their scores are replaced and their values zeroed (0 * NaN would be NaN).
+    """
+    B, K, R, H = q.shape
+    W, S = page_table.shape[1], kv.shape[4]
+    block = min(W, max(1, BLOCK_TOKENS // S))  # pages
+    num_blocks = -(-W // block)
+    page_table = jnp.pad(page_table, ((0, 0), (0, num_blocks * block - W)))
+    end = jnp.max(last, axis=1) + 1  # [B]
+    q = q.astype(jnp.float32) * scale
+
+    def step(i: jax.Array | int, carry: tuple) -> tuple:
+        acc, max_, sum_ = carry
+        pages = lax.dynamic_slice_in_dim(page_table, i * block, block, axis=1)
+        k, v = (
+            kv[layer, j, pages].swapaxes(1, 2).reshape(B, K, block * S, H).astype(jnp.float32) for j in (0, 1)
+        )  # [B, K, C, H]
+        position = i * block * S + jnp.arange(block * S)
+        v = jnp.where((position < end[:, None])[:, None, :, None], v, 0)
+        is_visible = (position <= last[:, :, None])[:, None]  # [B, 1, R, C]
+        scores = jnp.where(is_visible, _einsum("BKRH,BKCH->BKRC", q, k), MASKED)
+        new_max = jnp.maximum(max_, scores.max(-1, keepdims=True))
+        p = jnp.where(is_visible, jnp.exp(scores - new_max), 0)
+        decay = jnp.exp(max_ - new_max)
+        acc = acc * decay + _einsum("BKRC,BKCH->BKRH", p, v)
+        return acc, new_max, sum_ * decay + p.sum(-1, keepdims=True)
+
+    carry = (jnp.zeros((B, K, R, H)), jnp.full((B, K, R, 1), MASKED), jnp.zeros((B, K, R, 1)))
+    carry = tuple(c.astype(jnp.float32) for c in carry)
+    if num_blocks == 1:
+        acc, _, sum_ = step(0, carry)
+    else:
+        acc, _, sum_ = lax.fori_loop(0, -(-jnp.max(end) // (block * S)), step, carry)
+    return (acc / jnp.where(sum_ == 0, 1, sum_)).astype(kv.dtype)
