@@ -1,0 +1,227 @@
+"""`AsyncEngine`: an `Engine` in a thread of its own, for an asyncio program such as the server.
+
+Requests reach the thread through a queue, deltas come back through one asyncio queue a request. All methods are
+called from one event loop.
+"""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from qjax.config import EngineConfig
+from qjax.engine.engine import Engine
+from qjax.outputs import RequestOutput
+from qjax.sampling_params import SamplingParams
+from qjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger("qjax")
+
+
+class EngineDeadError(RuntimeError):
+    """The engine's thread has ended with an error; `__cause__` has it."""
+
+
+class AsyncEngine:
+    """Starts an engine in a thread and streams from it.
+
+    `phase` says what the engine is doing: "starting", what start-up does in words, "ready", "stopping" or "failed".
+    """
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self.phase = "starting"
+        self.error: BaseException | None = None
+        self._engine: Engine | None = None
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._thread: threading.Thread | None = None
+
+    # Start and stop
+
+    def start(self) -> None:
+        """Begins loading; returns at once. Must be called inside the event loop that will use the engine."""
+        self._loop = asyncio.get_running_loop()
+        self._ready: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, name="qjax-engine", daemon=True)
+        self._thread.start()
+
+    async def wait_ready(self) -> None:
+        """Returns once requests can be served.
+
+        Raises:
+          ValueError: a wrong option or checkpoint; whatever else start-up raised.
+        """
+        await asyncio.shield(self._ready)
+
+    async def shutdown(self) -> None:
+        """Aborts what is left and ends the thread."""
+        if self.phase != "failed":
+            self.phase = "stopping"
+        self._inbox.put(None)
+        if self._thread is not None:
+            await asyncio.to_thread(self._thread.join)
+
+    # What the server asks
+
+    @property
+    def engine(self) -> Engine:
+        if self._engine is None:
+            raise RuntimeError("the engine is not ready: await wait_ready() first")
+        return self._engine
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.model_config.vocab_size
+
+    @property
+    def max_logprobs(self) -> int:
+        return self.vocab_size if self.config.max_logprobs == -1 else self.config.max_logprobs
+
+    @property
+    def model_name(self) -> str:
+        return self.config.model
+
+    @property
+    def default_sampling_params(self) -> dict[str, Any]:
+        return self.engine.default_sampling_params
+
+    @property
+    def num_running(self) -> int:
+        return self.engine.num_running
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._streams)
+
+    async def generate(
+        self,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Streams a request's deltas. Closing the iterator early aborts the request.
+
+        Raises:
+          ValueError: before the first delta, if the request cannot be served.
+          EngineDeadError: the engine has failed.
+        """
+        self._check_alive()
+        if request_id in self._streams:
+            raise ValueError(f"request_id {request_id!r} is in use by a running request.")
+        self.engine.check_request(request_id, prompt_token_ids, params)
+        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        self._streams[request_id] = stream
+
+        def add() -> None:
+            try:
+                self.engine.add_request(request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+            except ValueError as error:
+                self._loop.call_soon_threadsafe(stream.put_nowait, error)
+
+        self._inbox.put(add)
+        finished = False
+        try:
+            while not finished:
+                output = await stream.get()
+                if isinstance(output, Exception):
+                    finished = True
+                    raise output
+                finished = output.finished
+                yield output
+        finally:
+            del self._streams[request_id]
+            if not finished:
+                self._inbox.put(lambda: self._abort_in_thread(request_id))
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request; its stream gets a last delta with finish_reason "abort"."""
+        self._inbox.put(lambda: self._abort_in_thread(request_id))
+
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets cached pages; False while requests hold some."""
+        self._check_alive()
+        done: asyncio.Future[bool] = self._loop.create_future()
+
+        def reset() -> None:
+            self._loop.call_soon_threadsafe(done.set_result, self.engine.reset_prefix_cache())
+
+        self._inbox.put(reset)
+        return await done
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        try:
+            self._engine = Engine(self.config, on_phase=self._set_phase)
+            self._set_phase("ready")
+            self._loop.call_soon_threadsafe(self._ready.set_result, None)
+            while self._take_inbox():
+                outputs = self._engine.step()
+                if outputs:
+                    self._loop.call_soon_threadsafe(self._deliver, outputs)
+            for request_id in list(self._engine.request_ids):
+                self._abort_in_thread(request_id)
+        except BaseException as error:
+            self._loop.call_soon_threadsafe(self._fail, error)
+
+    def _take_inbox(self) -> bool:
+        """Runs what was asked of the engine; waits while there is nothing to do. False: stop."""
+        while True:
+            try:
+                task = self._inbox.get(block=not self.engine.has_work)
+            except queue.Empty:
+                return True
+            if task is None:
+                return False
+            task()
+
+    def _abort_in_thread(self, request_id: str) -> None:
+        output = self.engine.abort(request_id)
+        if output is not None:
+            self._loop.call_soon_threadsafe(self._deliver, [output])
+
+    def _set_phase(self, phase: str) -> None:
+        if self.phase != "stopping":
+            self.phase = phase
+
+    # Back in the event loop
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put_nowait(output)
+
+    def _fail(self, error: BaseException) -> None:
+        self.error = error
+        if not self._ready.done():
+            self._ready.set_exception(error)
+            self.phase = "failed"
+            return
+        log.error("the engine has failed: %s", error, exc_info=error)
+        self.phase = "failed"
+        for stream in self._streams.values():
+            stream.put_nowait(self._dead())
+
+    def _check_alive(self) -> None:
+        if self.error is not None:
+            raise self._dead()
+
+    def _dead(self) -> EngineDeadError:
+        dead = EngineDeadError(f"The engine has failed: {self.error}")
+        dead.__cause__ = self.error
+        return dead

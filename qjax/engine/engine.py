@@ -1,0 +1,327 @@
+"""`Engine`: requests in, deltas of text out. Its step is schedule → run → update → emit, one step ahead of the device.
+
+Not thread-safe: one thread adds, aborts and steps. `AsyncEngine` and `LLM` are the two drivers of it.
+"""
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from qjax.config import EngineConfig
+from qjax.engine.block_pool import BlockPool
+from qjax.engine.loading import load
+from qjax.engine.logit_edits import bad_words_token_ids, needs_text
+from qjax.engine.request import Request
+from qjax.engine.runner import InFlight, Logprobs, Runner, StepOptions
+from qjax.engine.scheduler import Scheduler, SchedulerConfig
+from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from qjax.sampling_params import SamplingParams
+from qjax.text.detokenizer import Detokenizer
+
+
+@dataclass(eq=False)
+class _Answer:
+    """One of a request's `n` answers on its way: its sequence and what is not emitted yet."""
+
+    request: Request
+    index: int
+    detokenizer: Detokenizer | None
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    is_reported: bool = False  # its end has been emitted
+
+
+@dataclass(eq=False)
+class _Group:
+    """A user's request: its `n` answers."""
+
+    request_id: str
+    prompt: str | None
+    answers: list[_Answer]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+class Engine:
+    """Loads a model and generates.
+
+    Args:
+      config: see `EngineConfig`.
+      progress: show progress bars while downloading, loading and compiling.
+      on_phase: told what start-up is doing ("loading the weights", …).
+
+    Raises:
+      ValueError: a wrong option or checkpoint.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, progress: bool = True, on_phase: Callable[[str], None] = lambda phase: None
+    ):
+        self.config = config
+        loaded = load(config, progress=progress, on_phase=on_phase)
+        self.model_config = loaded.model_config
+        self.tokenizer = loaded.tokenizer
+        self.plan = loaded.plan
+        self.default_sampling_params = loaded.generation_defaults
+        self.eos_token_ids = loaded.eos_token_ids
+        self.runner = Runner(loaded.graphdef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
+        self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            SchedulerConfig(
+                max_num_seqs=self.plan.max_num_seqs,
+                max_num_batched_tokens=self.plan.max_num_batched_tokens,
+                max_model_len=self.plan.max_model_len,
+                max_num_prefills=self.plan.max_num_prefills,
+                policy=config.scheduling_policy,
+            ),
+            self.pool,
+        )
+        self._groups: dict[str, _Group] = {}
+        self._answers: dict[str, tuple[_Group, _Answer]] = {}  # by the sequence's own id
+        self._flight: InFlight | None = None
+        self._seeds = random.Random(config.seed)
+        if self.plan.is_gpu and not config.enforce_eager:
+            on_phase("compiling")
+            is_greedy = SamplingParams.from_defaults(self.default_sampling_params).is_greedy
+            self.runner.compile_ahead([StepOptions(sampling=not is_greedy)], progress=progress)
+
+    @property
+    def max_model_len(self) -> int:
+        return self.plan.max_model_len
+
+    @property
+    def has_unfinished(self) -> bool:
+        return bool(self._groups)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: unfinished requests, or a step whose output nobody has read."""
+        return bool(self._groups) or self._flight is not None
+
+    @property
+    def request_ids(self) -> list[str]:
+        return list(self._groups)
+
+    @property
+    def num_running(self) -> int:
+        return self.scheduler.num_running
+
+    # Requests in
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: list[int],
+        params: SamplingParams,
+        *,
+        prompt: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Queues a request.
+
+        Raises:
+          ValueError: the request cannot be served; nothing was queued.
+        """
+        self.check_request(request_id, prompt_token_ids, params)
+        if priority and self.config.scheduling_policy != "priority":
+            raise ValueError(f"priority={priority} needs --scheduling-policy priority.")
+        room = self.max_model_len - len(prompt_token_ids)
+        seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        bad_words = bad_words_token_ids(params.bad_words, self.tokenizer.encode)
+        group = _Group(request_id, prompt, [])
+        for index in range(params.n):
+            request = Request(
+                request_id=request_id if params.n == 1 else f"{request_id}#{index}",
+                prompt_token_ids=list(prompt_token_ids),
+                params=params,
+                max_tokens=min(params.max_tokens or room, room),
+                eos_token_ids=eos,
+                stop_token_ids=frozenset(params.stop_token_ids) | eos,
+                seed=seed + index,
+                bad_words_token_ids=bad_words,
+                arrival_time=time.monotonic(),
+                priority=priority,
+                cache_salt=cache_salt,
+            )
+            detokenizer = Detokenizer(self.tokenizer, params) if params.detokenize else None
+            answer = _Answer(request, index, detokenizer)
+            self.scheduler.add(request)
+            group.answers.append(answer)
+            self._answers[request.request_id] = (group, answer)
+        self._groups[request_id] = group
+
+    def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
+        """Raises ValueError if the engine cannot serve this request."""
+        if request_id in self._groups:
+            raise ValueError(f"request_id {request_id!r} is in use by a running request.")
+        num_tokens, vocab = len(prompt_token_ids), self.model_config.vocab_size
+        if num_tokens == 0:
+            raise ValueError("The prompt is empty: at least one token is needed.")
+        if num_tokens >= self.max_model_len:
+            raise ValueError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
+                f"{num_tokens} input tokens, which leaves no room for an answer. Please shorten the prompt, or raise "
+                "--max-model-len."
+            )
+        for name, ids in (
+            ("prompt", prompt_token_ids),
+            ("stop_token_ids", params.stop_token_ids or []),
+            ("allowed_token_ids", params.allowed_token_ids or []),
+            ("logit_bias", params.logit_bias or {}),
+        ):
+            wrong = next((i for i in ids if not 0 <= i < vocab), None)
+            if wrong is not None:
+                raise ValueError(f"{name} has the token id {wrong}; the model's ids are 0 to {vocab - 1}.")
+        limit = vocab if self.config.max_logprobs == -1 else self.config.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked = getattr(params, name)
+            asked = vocab if asked == -1 else asked
+            if asked is not None and asked > limit:
+                raise ValueError(f"Requested {name} of {asked}, which is greater than max allowed: {limit}.")
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request; its last delta says "abort". None if there is no such request (it may just have ended)."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        for answer in group.answers:
+            if not answer.request.is_finished:
+                self.scheduler.abort(answer.request.request_id)
+                self._flush(answer)
+        return self._emit(group)
+
+    # The step
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step, then reads the one before it. Returns what is new, as deltas."""
+        if self._flight is not None and any(needs_text(r) for r in self.scheduler.running):
+            touched = self._update()  # the next step's bans depend on the token in flight
+        else:
+            touched = {}
+        batch = self.scheduler.schedule()
+        flight = None if batch.is_empty else self.runner.dispatch(batch)
+        if self._flight is not None:
+            touched |= self._update()
+        self._flight = flight
+        if not self._groups and self._flight is None:
+            self.pool.check_integrity()
+        return [output for group in touched if (output := self._emit(group)) is not None]
+
+    def _update(self) -> dict[_Group, None]:
+        """Reads the step in flight. Returns the groups that have something new, in order."""
+        flight, self._flight = self._flight, None
+        result = self.runner.collect(flight)
+        touched: dict[_Group, None] = {}
+        for i, rows in result.prompt_logprobs.items():
+            self._add_prompt_logprobs(flight.batch.prefills[i], rows)
+        sampled = {}
+        for i, chunk in enumerate(flight.batch.sampling):
+            if result.token_ids[i] < 0 and not chunk.request.is_finished:
+                self.scheduler.finish(chunk.request, "error", "the model's logits are not numbers")
+            elif result.logprobs is not None and chunk.request.params.logprobs is not None:
+                sampled[chunk.request] = result.logprobs[i]
+        accepted = dict(self.scheduler.update(flight.batch, result.token_ids))
+        for chunk in flight.batch.sampling:
+            group, answer = self._answers.get(chunk.request.request_id, (None, None))
+            if answer is None or answer.request is not chunk.request or answer.is_reported:
+                continue
+            if chunk.request in accepted:
+                self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
+            if chunk.request.is_finished:
+                self._flush(answer)
+            touched[group] = None
+        return touched
+
+    def _append(self, answer: _Answer, token_id: int, logprobs: Logprobs | None) -> None:
+        """Adds a token to an answer's delta, and ends the answer where a stop string completes."""
+        request, params = answer.request, answer.request.params
+        answer.token_ids.append(token_id)
+        if logprobs is not None:
+            answer.cumulative_logprob += logprobs.logprob
+            answer.logprobs.append(self._logprob_dict(token_id, logprobs, params.logprobs))
+        ended_by_id = request.is_finished and token_id in request.stop_token_ids
+        if answer.detokenizer is None or (ended_by_id and not params.include_stop_str_in_output):
+            return
+        can_stop = len(request.output_token_ids) >= params.min_tokens
+        answer.text += answer.detokenizer.append([token_id], can_stop)
+        if answer.detokenizer.stop_match is not None and (not request.is_finished or request.finish_reason == "length"):
+            self.scheduler.finish(request, "stop", answer.detokenizer.stop_match)
+
+    def _flush(self, answer: _Answer) -> None:
+        if answer.detokenizer is not None:
+            answer.text += answer.detokenizer.flush()
+
+    def _add_prompt_logprobs(self, chunk, rows: list[Logprobs]) -> None:
+        """Row r of a chunk has the logprobs of the prompt token after position `chunk.start + r`."""
+        if chunk.request.request_id not in self._answers:
+            return
+        group, answer = self._answers[chunk.request.request_id]
+        prompt, num = chunk.request.prompt_token_ids, chunk.request.params.prompt_logprobs
+        if answer.index > 0 or num is None:
+            return
+        if group.prompt_logprobs is None:
+            group.prompt_logprobs = [None] * len(prompt)
+        for position, row in enumerate(rows, chunk.start + 1):
+            if position < len(prompt):
+                group.prompt_logprobs[position] = self._logprob_dict(prompt[position], row, num)
+
+    def _logprob_dict(self, token_id: int, row: Logprobs, num: int) -> dict[int, Logprob]:
+        """The token itself first, then the `num` likeliest (-1: all)."""
+        piece = lambda i: self.tokenizer.token_bytes(i).decode("utf-8", "replace")
+        num = len(row.top_ids) if num == -1 else num
+        entries = {token_id: Logprob(row.logprob, row.rank, piece(token_id))}
+        for rank, (i, logprob) in enumerate(zip(row.top_ids[:num], row.top_logprobs, strict=False), 1):
+            entries.setdefault(i, Logprob(logprob, rank, piece(i)))
+        return entries
+
+    # Deltas out
+
+    def _emit(self, group: _Group) -> RequestOutput | None:
+        """What is new in a request since the last call; forgets the request once all has been said."""
+        outputs = []
+        for answer in group.answers:
+            request = answer.request
+            if answer.is_reported or not (answer.token_ids or request.is_finished):
+                continue
+            answer.is_reported = request.is_finished
+            outputs.append(
+                CompletionOutput(
+                    index=answer.index,
+                    text=answer.text,
+                    token_ids=answer.token_ids,
+                    cumulative_logprob=answer.cumulative_logprob if request.params.logprobs is not None else None,
+                    logprobs=answer.logprobs if request.params.logprobs is not None else None,
+                    finish_reason=request.finish_reason,
+                    stop_reason=request.stop_reason,
+                )
+            )
+            answer.text, answer.token_ids, answer.logprobs = "", [], []
+        finished = all(answer.is_reported for answer in group.answers)
+        if finished:
+            del self._groups[group.request_id]
+            for answer in group.answers:
+                del self._answers[answer.request.request_id]
+        if not outputs:
+            return None
+        first = group.answers[0].request
+        output = RequestOutput(
+            request_id=group.request_id,
+            prompt=group.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=outputs,
+            finished=finished,
+            prompt_logprobs=group.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=RequestMetrics(
+                first.arrival_time, first.first_scheduled_time, first.first_token_time, first.finished_time
+            ),
+        )
+        return output
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached pages. False while requests hold some."""
+        return self.pool.reset_prefix_cache()

@@ -1,0 +1,130 @@
+"""From an `EngineConfig` to a model on its devices: checkpoint, tokenizer, memory plan, weights."""
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.checkpoint import hub
+from qjax.checkpoint.safetensors import dummy_params, load_params
+from qjax.config import EngineConfig
+from qjax.engine.memory import Device, Plan, plan
+from qjax.models.config import ModelConfig, apply_overrides
+from qjax.sharding import make_mesh
+from qjax.text.tokenizer import Tokenizer
+
+log = logging.getLogger("qjax")
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the engine is built of."""
+
+    folder: Path
+    model_config: ModelConfig
+    tokenizer: Tokenizer
+    generation_defaults: dict[str, Any]
+    eos_token_ids: frozenset[int]
+    plan: Plan
+    mesh: jax.sharding.Mesh
+    graphdef: Any
+    leaves: tuple[jax.Array, ...]
+
+
+def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None]) -> Loaded:
+    """Everything that can be wrong with the options or the checkpoint is found before a device's memory is filled.
+
+    Raises:
+      ValueError: a wrong option or checkpoint; the message names it.
+    """
+    on_phase("reading the checkpoint")
+    folder = hub.resolve(
+        config.model,
+        revision=config.revision,
+        token=config.hf_token,
+        download_dir=config.download_dir,
+        need_weights=config.load_format != "dummy",
+        progress=progress,
+    )
+    hf_config = apply_overrides(_read_json(folder / "config.json"), config.hf_overrides, config.rope_scaling)
+    model_config = ModelConfig.from_hf(hf_config)
+    tokenizer_folder = folder
+    if config.tokenizer is not None:
+        tokenizer_folder = hub.resolve(
+            config.tokenizer, token=config.hf_token, download_dir=config.download_dir, need_weights=False
+        )
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    defaults, eos_token_ids = _generation_config(config, folder, model_config)
+
+    on_phase("starting the devices")
+    devices = start_devices(config)
+    sizes = plan(config, model_config, _describe(devices[0], config))
+    log.info("%s", sizes.table())
+    mesh = make_mesh(config.tensor_parallel_size, devices)
+
+    on_phase("loading the weights")
+    dtype = jnp.dtype(sizes.dtype)
+    if config.load_format == "dummy":
+        graphdef, leaves = dummy_params(model_config, mesh, dtype, seed=config.seed)
+    else:
+        graphdef, leaves = load_params(folder, model_config, mesh, dtype, progress=progress)
+    return Loaded(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, graphdef, tuple(leaves))
+
+
+def start_devices(config: EngineConfig) -> list[jax.Device]:
+    """The devices of the mesh. Sets the share of memory and the compile cache, which count from jax's start on."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.gpu_memory_utilization:.3f}")
+    cache = config.compilation_cache_dir or os.path.join(
+        os.environ.get("QJAX_CACHE_DIR", os.path.expanduser("~/.cache/qjax")), "xla"
+    )
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    devices = jax.devices()
+    if len(devices) < config.tensor_parallel_size:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size} needs as many devices; jax sees {len(devices)} "
+            f"({devices[0].platform}). Lower --tensor-parallel-size."
+        )
+    return devices[: config.tensor_parallel_size]
+
+
+def _describe(device: jax.Device, config: EngineConfig) -> Device:
+    if device.platform == "cpu":
+        return Device("cpu")
+    # jax's pool was sized by XLA_PYTHON_CLIENT_MEM_FRACTION; in a notebook it may be older and hold arrays already.
+    stats = device.memory_stats() or {}
+    return Device(device.platform, stats["bytes_limit"] - stats["bytes_in_use"])
+
+
+def _generation_config(
+    config: EngineConfig, folder: Path, model_config: ModelConfig
+) -> tuple[dict[str, Any], frozenset[int]]:
+    """Default sampling values, and the ids that end a text (Qwen3 has two)."""
+    own = folder / "generation_config.json"
+    values = _read_json(own) if own.exists() else {}
+    eos = values.get("eos_token_id")
+    eos_token_ids = set(eos if isinstance(eos, list) else [eos] if eos is not None else [])
+    if config.generation_config == "vllm":
+        values = {}
+    elif config.generation_config != "auto":
+        values = _read_json(Path(config.generation_config) / "generation_config.json")
+    if values.get("do_sample") is False:
+        values["temperature"] = 0.0
+    names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+    defaults = {name: values[name] for name in names if values.get(name) is not None}
+    return defaults | config.override_generation_config, frozenset(eos_token_ids | set(model_config.eos_token_ids))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from None

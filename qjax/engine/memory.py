@@ -1,0 +1,143 @@
+"""The memory plan: what the weights, a step and the KV cache take, worked out from `config.json` before loading.
+
+Every size and limit that an option leaves open is decided here, once. No jax: `qjax info` plans without a device.
+"""
+
+from dataclasses import dataclass
+
+from qjax.config import EngineConfig
+from qjax.models.config import ModelConfig
+
+GIB = 2**30
+ITEMSIZE = {"bfloat16": 2, "float32": 4}
+CPU_KV_BYTES = 2 * GIB
+GPU_RESERVE_BYTES = GIB // 2  # GEMM workspaces, compiled code's constants, fragmentation
+MAX_PREFILLS = 64  # chunks of prompts in one step
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the plan must know of the devices. `memory_bytes`: what qjax may take of each; None: not limited (CPU)."""
+
+    platform: str  # "gpu" or "cpu"
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes and limits of an engine. Bytes are per device."""
+
+    is_gpu: bool
+    dtype: str
+    page_size: int  # S
+    num_pages: int  # P, the null page included
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_num_prefills: int
+    weights_bytes: int
+    activation_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: int
+    budget_bytes: int | None
+
+    @property
+    def pages_per_sequence(self) -> int:
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        return (self.num_pages - 1) * self.page_size
+
+    def table(self) -> str:
+        """The lines that start-up prints before loading."""
+        total = self.weights_bytes + self.activation_bytes + self.kv_bytes
+        of = f" of {self.budget_bytes / GIB:.2f}" if self.budget_bytes is not None else ""
+        return (
+            f"memory plan ({'GPU' if self.is_gpu else 'CPU'}, {self.dtype}, GiB a device): "
+            f"weights {self.weights_bytes / GIB:.2f} + activations {self.activation_bytes / GIB:.2f} "
+            f"+ KV cache {self.kv_bytes / GIB:.2f} = {total / GIB:.2f}{of}\n"
+            f"KV cache: {self.num_pages - 1} pages of {self.page_size} tokens = {self.kv_capacity_tokens} tokens, "
+            f"{self.kv_capacity_tokens / self.max_model_len:.1f} requests of the full length of {self.max_model_len}; "
+            f"up to {self.max_num_seqs} requests at a time, {self.max_num_batched_tokens} tokens a step"
+        )
+
+
+def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
+    """Decides every open size.
+
+    Raises:
+      ValueError: the model or one request of `max_model_len` does not fit; the message has the numbers and the option
+        values that would.
+    """
+    is_gpu = device.platform != "cpu"
+    dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if is_gpu else "float32")
+    page_size = config.block_size or (64 if is_gpu else 16)
+    tp = config.tensor_parallel_size
+    max_num_seqs = config.max_num_seqs or (256 if is_gpu else 32)
+    max_num_batched_tokens = config.max_num_batched_tokens or (8192 if is_gpu else 1024)
+    if max_num_batched_tokens < max_num_seqs:
+        raise ValueError(
+            f"max_num_batched_tokens={max_num_batched_tokens} is less than max_num_seqs={max_num_seqs}: "
+            "each running request takes one token of a step."
+        )
+    weights = model.num_params * ITEMSIZE[dtype] // tp
+    activations = _activation_bytes(model, ITEMSIZE[dtype], tp, max_num_seqs, max_num_batched_tokens)
+    # With more devices than KV heads, each head is kept on several devices.
+    per_token = model.kv_bytes_per_token(ITEMSIZE[dtype]) * max(tp // model.num_key_value_heads, 1) // tp
+
+    budget = device.memory_bytes
+    kv = config.kv_cache_memory_bytes
+    if kv is None:
+        kv = CPU_KV_BYTES if budget is None else budget - weights - activations
+    if (budget is not None and weights + activations + kv > budget) or kv < 2 * per_token * page_size:
+        raise ValueError(
+            f"The model does not fit: weights {weights / GIB:.2f} GiB + activations {activations / GIB:.2f} GiB "
+            f"+ KV cache {max(kv, 0) / GIB:.2f} GiB on a device with {(budget or 0) / GIB:.2f} GiB for qjax. "
+            "Raise --gpu-memory-utilization, lower --max-num-batched-tokens or --kv-cache-memory-bytes, or spread the "
+            "model with --tensor-parallel-size."
+        )
+    num_pages = kv // (per_token * page_size)
+    capacity = (num_pages - 1) * page_size
+    wanted = config.max_model_len
+    auto = min(model.max_context_len, capacity)
+    max_model_len = auto if wanted == "auto" else wanted or model.max_context_len
+    if max_model_len > model.max_context_len:
+        raise ValueError(
+            f"max_model_len={max_model_len} is more than the {model.max_context_len} tokens of the model. Lower "
+            "--max-model-len, or extend the context with --rope-scaling "
+            '\'{"rope_type":"yarn","factor":4.0,"original_max_position_embeddings":32768}\'.'
+        )
+    if max_model_len > capacity:
+        raise ValueError(
+            f"One request of max_model_len={max_model_len} tokens needs {max_model_len * per_token / GIB:.2f} GiB of "
+            f"KV cache; there are {kv / GIB:.2f} GiB, which hold {capacity} tokens. Use --max-model-len {capacity} (or "
+            f"auto), or --kv-cache-memory-bytes {(max_model_len + 2 * page_size) * per_token}"
+            + (", or a higher --gpu-memory-utilization." if is_gpu else ".")
+        )
+    # More pages than all requests at their longest could ever fill would be memory for nothing.
+    num_pages = min(num_pages, max_num_seqs * -(-max_model_len // page_size) + 1)
+    return Plan(
+        is_gpu=is_gpu,
+        dtype=dtype,
+        page_size=page_size,
+        num_pages=num_pages,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_prefills=min(MAX_PREFILLS, max_num_seqs),
+        weights_bytes=weights,
+        activation_bytes=activations,
+        kv_bytes=num_pages * page_size * per_token,
+        kv_bytes_per_token=per_token,
+        budget_bytes=budget,
+    )
+
+
+def _activation_bytes(model: ModelConfig, itemsize: int, tp: int, max_num_seqs: int, num_tokens: int) -> int:
+    """An upper estimate of a step's temporaries and of the per-request state, on one device."""
+    heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
+    layer = num_tokens * (6 * model.hidden_size + (2 * heads + 4 * model.intermediate_size) // tp) * itemsize
+    logits = 4 * (max_num_seqs + MAX_PREFILLS) * model.vocab_size * 4
+    counts = 3 * max_num_seqs * model.vocab_size  # TokenCounts, made when the first request has penalties
+    return layer + logits + counts + GPU_RESERVE_BYTES

@@ -1,0 +1,354 @@
+"""`Runner`: turns a `ScheduledBatch` into one dispatched step, and the step's packed output back into Python.
+
+It owns everything that lies on the devices: weights, KV cache, per-request state. Nothing here waits for the device
+but `collect`, and the engine dispatches the next step before it calls that.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from tqdm import tqdm
+
+from qjax.engine.buckets import Bucket, Buckets
+from qjax.engine.logit_edits import edits_of, has_edits
+from qjax.engine.memory import Plan
+from qjax.engine.request import Request
+from qjax.engine.scheduler import ScheduledBatch
+from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
+from qjax.models.config import ModelConfig
+from qjax.sharding import kv_cache_sharding
+
+log = logging.getLogger("qjax")
+
+EDIT_SIZES = (16, 128, 1024, 8192)  # M: how many logit edits a row has room for
+SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "top_k", "seeds")
+PENALTY_FIELDS = ("repetition", "presence", "frequency")
+
+
+@dataclass(frozen=True)
+class Logprobs:
+    """Of one row: the token's own logprob and rank, and the likeliest tokens with theirs."""
+
+    logprob: float
+    rank: int
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step has sampled, in the order of `batch.sampling`; -1 where the logits were not numbers."""
+
+    token_ids: list[int]
+    logprobs: list[Logprobs] | None
+    prompt_logprobs: dict[int, list[Logprobs]]  # index in batch.prefills -> one entry a token of the chunk
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """A dispatched step whose output the host has not read."""
+
+    batch: ScheduledBatch
+    rows: list[int]  # of batch.sampling in the output
+    query_starts: np.ndarray  # int32 [Bp + 1]
+    out: jax.Array
+    prompt_out: jax.Array | None
+
+
+@dataclass
+class _Slot:
+    """What the host has told the device about the request in a slot."""
+
+    request: Request | None = None
+    admission: int = -1  # the request's preemption count when it got the slot
+    num_pages: int = 0
+
+
+@dataclass
+class CompileStats:
+    count: int = 0
+    seconds: float = 0.0
+
+
+@dataclass
+class Runner:
+    """Built by the engine once the weights are loaded."""
+
+    graphdef: object
+    leaves: tuple[jax.Array, ...]
+    mesh: jax.sharding.Mesh
+    model_config: ModelConfig
+    plan: Plan
+    kv: jax.Array = field(init=False)
+    compiles: CompileStats = field(default_factory=CompileStats)
+
+    def __post_init__(self) -> None:
+        plan, model = self.plan, self.model_config
+        self.buckets = Buckets(
+            is_gpu=plan.is_gpu,
+            max_num_seqs=plan.max_num_seqs,
+            max_num_batched_tokens=plan.max_num_batched_tokens,
+            max_num_prefills=plan.max_num_prefills,
+            max_pages=plan.pages_per_sequence,
+        )
+        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        num_slots = plan.max_num_seqs
+        heads = max(model.num_key_value_heads, self.mesh.shape["tensor"])
+        shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
+        self.kv = self._zeros(shape, jnp.dtype(plan.dtype), kv_cache_sharding(self.mesh))
+        self.state = DeviceState(
+            self._zeros((num_slots + 1,), jnp.int32), self._zeros((num_slots + 1, plan.pages_per_sequence), jnp.int32)
+        )
+        self.counts: TokenCounts | None = None
+        self.slots = [_Slot() for _ in range(num_slots + 1)]
+        self.params = {
+            "temperature": np.zeros(num_slots + 1, np.float32),
+            "top_p": np.ones(num_slots + 1, np.float32),
+            "min_p": np.zeros(num_slots + 1, np.float32),
+            "top_k": np.zeros(num_slots + 1, np.int32),
+            "seeds": np.zeros((num_slots + 1, 2), np.uint32),
+            "repetition": np.ones(num_slots + 1, np.float32),
+            "presence": np.zeros(num_slots + 1, np.float32),
+            "frequency": np.zeros(num_slots + 1, np.float32),
+        }
+        self._compiled: dict[tuple[Bucket, StepOptions], Callable] = {}
+
+    def _zeros(self, shape, dtype, sharding=None) -> jax.Array:
+        return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding or self.replicated)()
+
+    # From the host to the device
+
+    def dispatch(self, batch: ScheduledBatch) -> InFlight:
+        """Starts the step of a batch and returns at once."""
+        self._admit(batch)
+        options = self._options(batch)
+        num_tokens = sum(chunk.num_tokens for chunk in batch.prefills)
+        num_pages = max(len(chunk.request.page_ids) for chunk in [*batch.decodes, *batch.prefills])
+        bucket = self.buckets.choose(len(batch.decodes), num_tokens, len(batch.prefills), num_pages)
+        layout = Layout(bucket, options, self.plan.page_size)
+        packed = np.zeros(layout.size, np.int32)
+        fields = layout.views(packed)
+        rows = self._fill_rows(fields, batch, bucket)
+        self._fill_table(fields, batch, layout)
+        self._fill_sampling(fields, batch, rows, options)
+
+        run = self.compiled(bucket, options)
+        counts = self.counts if options.penalties else None
+        packed_on_device = jax.device_put(packed, self.replicated)
+        self.kv, self.state, counts, out, prompt_out = run(self.leaves, self.kv, self.state, counts, packed_on_device)
+        if options.penalties:
+            self.counts = counts
+        out.copy_to_host_async()
+        if prompt_out is not None:
+            prompt_out.copy_to_host_async()
+        return InFlight(batch, rows, fields["query_starts"], out, prompt_out)
+
+    def _admit(self, batch: ScheduledBatch) -> None:
+        """Starts the state of requests that came into a slot."""
+        for chunk in batch.prefills:
+            request, slot = chunk.request, self.slots[chunk.request.slot]
+            if slot.request is request and slot.admission == request.num_preemptions:
+                continue
+            self.slots[request.slot] = _Slot(request, request.num_preemptions)
+            p = request.params
+            row = {
+                "temperature": p.temperature,
+                "top_p": p.top_p,
+                "min_p": p.min_p,
+                "top_k": p.top_k,
+                "seeds": (request.seed & 0xFFFFFFFF, request.seed >> 32 & 0xFFFFFFFF),
+                "repetition": p.repetition_penalty,
+                "presence": p.presence_penalty,
+                "frequency": p.frequency_penalty,
+            }
+            for name, value in row.items():
+                self.params[name][request.slot] = value
+            if has_penalties(request):
+                self._start_counts(request)
+
+    def _start_counts(self, request: Request) -> None:
+        vocab = self.model_config.vocab_size
+        if self.counts is None:
+            shape = (self.plan.max_num_seqs + 1, vocab)
+            self.counts = TokenCounts(self._zeros(shape, jnp.int16), self._zeros(shape, jnp.bool_))
+
+        def padded(ids: list[int]) -> np.ndarray:
+            size = max(64, 1 << max(len(ids) - 1, 0).bit_length())
+            return np.array(ids + [vocab] * (size - len(ids)), np.int32)
+
+        prompt, output = padded(request.prompt_token_ids), padded(request.output_token_ids)
+        self.counts = write_counts(self.counts, np.int32(request.slot), prompt, output)
+
+    def _options(self, batch: ScheduledBatch) -> StepOptions:
+        requests = [chunk.request for chunk in batch.sampling]
+        longest = max((len(edits_of(r)[0]) for r in requests if has_edits(r)), default=0)
+        logprobs = [r.params.logprobs for r in requests if r.params.logprobs is not None]
+        prompt_logprobs = [c.request.params.prompt_logprobs for c in batch.prefills]
+        return StepOptions(
+            sampling=any(not r.params.is_greedy for r in requests),
+            penalties=any(has_penalties(r) for r in requests),
+            num_edits=next((n for n in (0, *EDIT_SIZES) if n >= longest), self.model_config.vocab_size),
+            num_logprobs=self._num_logprobs(logprobs),
+            num_prompt_logprobs=self._num_logprobs([n for n in prompt_logprobs if n is not None]),
+        )
+
+    def _num_logprobs(self, asked: list[int]) -> int | None:
+        if not asked:
+            return None
+        most = self.model_config.vocab_size if -1 in asked else max(asked)
+        return next((n for n in (0, 5, 20, 128) if n >= most), self.model_config.vocab_size)
+
+    def _fill_rows(self, fields: dict[str, np.ndarray], batch: ScheduledBatch, bucket: Bucket) -> list[int]:
+        """Which sequences and tokens the step computes. Returns the output row of each sampling chunk."""
+        padding = self.plan.max_num_seqs
+        fields["decode_slots"][:] = padding
+        fields["prefill_slots"][:] = padding
+        fields["sample_slots"][:] = padding
+        rows = list(range(len(batch.decodes)))
+        if batch.decodes:
+            n = len(batch.decodes)
+            slots = [chunk.request.slot for chunk in batch.decodes]
+            fields["decode_slots"][:n] = slots
+            fields["sample_slots"][:n] = slots
+            fields["decode_lens"][:n] = [chunk.start + 1 for chunk in batch.decodes]
+        start = 0
+        for i, chunk in enumerate(batch.prefills):
+            request, end = chunk.request, start + chunk.num_tokens
+            fields["token_ids"][start:end] = request.tokens(chunk.start, chunk.start + chunk.num_tokens)
+            fields["prefill_slots"][i] = request.slot
+            fields["prefill_lens"][i] = chunk.start + chunk.num_tokens
+            fields["query_starts"][i] = start
+            if chunk.samples:
+                rows.append(bucket.num_decodes + i)
+                fields["sample_slots"][bucket.num_decodes + i] = request.slot
+            if "targets" in fields:
+                targets = request.tokens(
+                    chunk.start + 1, min(chunk.start + chunk.num_tokens + 1, request.num_known_tokens)
+                )
+                fields["targets"][start : start + len(targets)] = targets
+            start = end
+        fields["query_starts"][len(batch.prefills) :] = start
+        return rows
+
+    def _fill_table(self, fields: dict[str, np.ndarray], batch: ScheduledBatch, layout: Layout) -> None:
+        """Tells the device of pages that its page table does not have yet."""
+        updates = []
+        for chunk in [*batch.decodes, *batch.prefills]:
+            request, slot = chunk.request, self.slots[chunk.request.slot]
+            if len(request.page_ids) > slot.num_pages:
+                updates += [
+                    (request.slot, column, request.page_ids[column])
+                    for column in range(slot.num_pages, len(request.page_ids))
+                ]
+                slot.num_pages = len(request.page_ids)
+        room = layout.num_updates
+        nowhere = self.plan.max_num_seqs + 1  # out of range: dropped
+        if len(updates) > room:
+            ahead, updates = updates[room:], updates[:room]
+            size = 1 << (len(ahead) - 1).bit_length()
+            extra = np.full((max(size, 64), 3), nowhere, np.int32)
+            extra[: len(ahead)] = ahead
+            self.state = write_page_table(self.state, jax.device_put(extra, self.replicated))
+        fields["table_updates"][:] = nowhere
+        if updates:
+            fields["table_updates"][: len(updates)] = updates
+
+    def _fill_sampling(
+        self, fields: dict[str, np.ndarray], batch: ScheduledBatch, rows: list[int], options: StepOptions
+    ) -> None:
+        slots = fields["sample_slots"]
+        for name in (*SAMPLING_FIELDS, *PENALTY_FIELDS):
+            if name in fields:
+                fields[name][:] = self.params[name][slots]
+        if options.num_edits:
+            fields["edit_ids"][:] = -1
+            for row, chunk in zip(rows, batch.sampling, strict=True):
+                if has_edits(chunk.request):
+                    edits, only_listed = edits_of(chunk.request)
+                    fields["edit_ids"][row, : len(edits)] = list(edits)
+                    fields["edit_values"][row, : len(edits)] = list(edits.values())
+                    fields["only_listed"][row] = only_listed
+
+    # From the device to the host
+
+    def collect(self, flight: InFlight) -> StepResult:
+        """Waits for a step and reads what it sampled."""
+        out = np.asarray(flight.out)[flight.rows]
+        prompt_logprobs = {}
+        if flight.prompt_out is not None:
+            prompt_out = np.asarray(flight.prompt_out)
+            for i, chunk in enumerate(flight.batch.prefills):
+                if chunk.request.params.prompt_logprobs is not None:
+                    start = flight.query_starts[i]
+                    prompt_logprobs[i] = _unpack(prompt_out[start : start + chunk.num_tokens])
+        logprobs = _unpack(out) if out.shape[1] > 1 else None
+        return StepResult(out[:, 0].tolist(), logprobs, prompt_logprobs)
+
+    # Compiling
+
+    def compiled(self, bucket: Bucket, options: StepOptions) -> Callable:
+        key = (bucket, options)
+        if key not in self._compiled:
+            started = time.perf_counter()
+            self._compiled[key] = self._lower(bucket, options).compile()
+            self.compiles.count += 1
+            self.compiles.seconds += time.perf_counter() - started
+            log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)
+        return self._compiled[key]
+
+    def compile_ahead(self, options: list[StepOptions], *, progress: bool) -> None:
+        """Compiles the buckets that the first requests need, several at a time. Tracing holds Python's lock; the
+        compiler does not."""
+        keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
+        started = time.perf_counter()
+        bar = tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress)
+        with ThreadPoolExecutor(max_workers=16) as pool, bar:
+            futures = {key: pool.submit(self._lower(*key).compile) for key in keys}
+            for key, future in futures.items():
+                self._compiled[key] = future.result()
+                bar.update()
+        self.compiles.count += len(keys)
+        self.compiles.seconds += time.perf_counter() - started
+
+    def _lower(self, bucket: Bucket, options: StepOptions):
+        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+        packed_size = Layout(bucket, options, self.plan.page_size).size
+        counts = None
+        if options.penalties:
+            shape = (self.plan.max_num_seqs + 1, self.model_config.vocab_size)
+            counts = TokenCounts(
+                jax.ShapeDtypeStruct(shape, jnp.int16, sharding=self.replicated),
+                jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=self.replicated),
+            )
+        run = jax.jit(partial(step, self.graphdef, bucket, options, self.plan.page_size), donate_argnums=(1, 2, 3))
+        with jax.set_mesh(self.mesh):
+            return run.lower(
+                tuple(map(abstract, self.leaves)),
+                abstract(self.kv),
+                jax.tree.map(abstract, self.state),
+                counts,
+                jax.ShapeDtypeStruct((packed_size,), jnp.int32, sharding=self.replicated),
+            )
+
+
+def has_penalties(request: Request) -> bool:
+    p = request.params
+    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+
+
+def _unpack(rows: np.ndarray) -> list[Logprobs]:
+    """Rows of `step`'s packed logprobs, int32 [n, 3 + 2 N]."""
+    num = (rows.shape[1] - 3) // 2
+    floats = rows.view(np.float32)
+    return [
+        Logprobs(float(f[1]), int(r[2]), r[3 : 3 + num].tolist(), f[3 + num :].tolist())
+        for r, f in zip(rows, floats, strict=True)
+    ]

@@ -1,0 +1,190 @@
+"""`LLM`: the engine as a Python library, for many prompts at once. Names are vLLM's."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from qjax.config import EngineConfig
+from qjax.engine.engine import Engine
+from qjax.outputs import RequestOutput
+from qjax.sampling_params import SamplingParams
+from qjax.text.tokenizer import Tokenizer
+
+Prompt = str | dict[str, Any] | list[int]
+Messages = list[dict[str, Any]]
+
+
+class LLM:
+    """A loaded model that generates.
+
+    Args:
+      model: a local folder, or a name on the Hugging Face hub.
+      **options: any field of `EngineConfig`, such as `max_model_len`, `tensor_parallel_size`, `dtype`.
+
+    Raises:
+      ValueError: a wrong option or checkpoint; the message names it.
+    """
+
+    def __init__(self, model: str, **options: Any):
+        self.engine = Engine(EngineConfig(model=str(model), **options))
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts; the results have the prompts' order.
+
+        Args:
+          prompts: a text, `{"prompt": text}`, `{"prompt_token_ids": ids}` (both may have a "cache_salt"), a list of
+            token ids, or a list of these.
+          sampling_params: one for all or one for each; None: the model's defaults.
+          use_tqdm: show a progress bar with tokens per second.
+          priority: one for each prompt, lower runs earlier; needs `scheduling_policy="priority"`.
+
+        Raises:
+          ValueError: a prompt cannot be served; nothing was started.
+        """
+        many = _as_list(prompts)
+        params = self._params_for(sampling_params, len(many))
+        if priority is not None and self.engine.config.scheduling_policy != "priority":
+            raise ValueError('priority needs scheduling_policy="priority".')
+        if priority is not None and len(priority) != len(many):
+            raise ValueError(f"priority must have one value for each of the {len(many)} prompts, got {len(priority)}.")
+        requests = []
+        for prompt, param in zip(many, params, strict=True):
+            text, token_ids, cache_salt = self._parse(prompt)
+            request_id = str(next(self._ids))
+            self.engine.check_request(request_id, token_ids, param)
+            requests.append((request_id, token_ids, param, text, cache_salt))
+        for i, (request_id, token_ids, param, text, cache_salt) in enumerate(requests):
+            self.engine.add_request(
+                request_id,
+                token_ids,
+                param,
+                prompt=text,
+                priority=priority[i] if priority else 0,
+                cache_salt=cache_salt,
+            )
+        return self._run([request_id for request_id, *_ in requests], use_tqdm)
+
+    def chat(
+        self,
+        messages: Messages | Sequence[Messages],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, rendered by the model's chat template.
+
+        Args:
+          chat_template: replaces the tokenizer's template.
+          tools: function definitions that the template writes into the prompt.
+          chat_template_kwargs: given to the template, such as `{"enable_thinking": False}`.
+
+        Raises:
+          ValueError: wrong messages, or a prompt that cannot be served.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        prompts = [
+            self.engine.tokenizer.apply_chat_template(
+                conversation,
+                tools=tools,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The model's own defaults, from `generation_config.json`."""
+        return SamplingParams.from_defaults(self.engine.default_sampling_params)
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets the pages kept from earlier prompts."""
+        return self.engine.reset_prefix_cache()
+
+    def _params_for(
+        self, given: SamplingParams | Sequence[SamplingParams] | None, count: int
+    ) -> Sequence[SamplingParams]:
+        if given is None:
+            given = self.get_default_sampling_params()
+        if isinstance(given, SamplingParams):
+            return [given] * count
+        if len(given) != count:
+            raise ValueError(f"sampling_params must be one or one for each of the {count} prompts, got {len(given)}.")
+        return given
+
+    def _parse(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+        """(text, token ids, cache salt) of a prompt."""
+        if isinstance(prompt, str):
+            return prompt, self.engine.tokenizer.encode(prompt), None
+        if isinstance(prompt, list):
+            return None, prompt, None
+        unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+        if unknown or not ("prompt" in prompt or "prompt_token_ids" in prompt):
+            raise ValueError(
+                "a prompt is a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids' (and "
+                f"'cache_salt'); got a dict with {sorted(prompt)}."
+            )
+        text = prompt.get("prompt")
+        token_ids = prompt.get("prompt_token_ids")
+        return text, token_ids or self.engine.tokenizer.encode(text), prompt.get("cache_salt")
+
+    def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
+        """Steps until all have ended, putting the deltas together."""
+        done: dict[str, RequestOutput] = {}
+        tokens_in = tokens_out = 0
+        bar = tqdm(total=len(request_ids), desc="Generating", unit="request", disable=not use_tqdm)
+        try:
+            while self.engine.has_unfinished:
+                for output in self.engine.step():
+                    old = done.get(output.request_id)
+                    done[output.request_id] = _merge(old, output)
+                    tokens_out += sum(len(answer.token_ids) for answer in output.outputs)
+                    tokens_in += 0 if old else len(output.prompt_token_ids)
+                    if output.finished:
+                        seconds = max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(
+                            f"prompt {tokens_in / seconds:.0f} tokens/s, output {tokens_out / seconds:.0f} tokens/s",
+                            refresh=False,
+                        )
+                        bar.update()
+        except BaseException:  # Ctrl-C in a notebook must not leave requests running in the engine
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+            raise
+        finally:
+            bar.close()
+        return [done[request_id] for request_id in request_ids]
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)
+
+
+def _merge(old: RequestOutput | None, new: RequestOutput) -> RequestOutput:
+    answers = {answer.index: answer for answer in old.outputs} if old else {}
+    for answer in new.outputs:
+        answers[answer.index] = answers[answer.index].merge(answer) if answer.index in answers else answer
+    return replace(new, outputs=[answers[index] for index in sorted(answers)])
