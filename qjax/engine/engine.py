@@ -140,7 +140,7 @@ class Engine:
                 params=params,
                 max_tokens=min(params.max_tokens or room, room),
                 eos_token_ids=eos,
-                stop_token_ids=frozenset(params.stop_token_ids) | eos,
+                stop_token_ids=frozenset(params.stop_token_ids),
                 seed=seed + index,
                 bad_words_token_ids=bad_words,
                 arrival_time=time.monotonic(),
@@ -220,16 +220,14 @@ class Engine:
             self._add_prompt_logprobs(flight.batch.prefills[i], rows)
         sampled = {}
         for i, chunk in enumerate(flight.batch.sampling):
-            if result.token_ids[i] < 0 and not chunk.request.is_finished:
-                self.scheduler.finish(chunk.request, "error", "the model's logits are not numbers")
-            elif result.logprobs is not None and chunk.request.params.logprobs is not None:
+            if result.logprobs is not None and chunk.request.params.logprobs is not None:
                 sampled[chunk.request] = result.logprobs[i]
         accepted = dict(self.scheduler.update(flight.batch, result.token_ids))
         for chunk in flight.batch.sampling:
             group, answer = self._answers.get(chunk.request.request_id, (None, None))
             if answer is None or answer.request is not chunk.request or answer.is_reported:
                 continue
-            if chunk.request in accepted:
+            if accepted.get(chunk.request, -1) >= 0:
                 self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
             if chunk.request.is_finished:
                 self._flush(answer)
@@ -243,13 +241,15 @@ class Engine:
         if logprobs is not None:
             answer.cumulative_logprob += logprobs.logprob
             answer.logprobs.append(self._logprob_dict(token_id, logprobs, params.logprobs))
-        ended_by_id = request.is_finished and token_id in request.stop_token_ids
+        ended_by_id = request.is_finished and token_id in request.stop_token_ids | request.eos_token_ids
         if answer.detokenizer is None or (ended_by_id and not params.include_stop_str_in_output):
             return
         can_stop = len(request.output_token_ids) >= params.min_tokens
         answer.text += answer.detokenizer.append([token_id], can_stop)
-        if answer.detokenizer.stop_match is not None and (not request.is_finished or request.finish_reason == "length"):
+        if answer.detokenizer.stop_match is not None:
             self.scheduler.finish(request, "stop", answer.detokenizer.stop_match)
+            # Also where the same token was the last by max_tokens: the text ends by the stop string.
+            request.finish_reason, request.stop_reason = "stop", answer.detokenizer.stop_match
 
     def _flush(self, answer: _Answer) -> None:
         if answer.detokenizer is not None:

@@ -26,7 +26,8 @@ def edits_of(request: Request) -> tuple[dict[int, float], bool]:
         edits = {token: edits.get(token, 0.0) for token in p.allowed_token_ids}
     # `edits_of` runs while the step that samples this token is being made: that token is pending already.
     if len(request.output_token_ids) + request.num_pending - 1 < p.min_tokens:
-        edits |= {token: BAN for token in request.stop_token_ids if token in edits or p.allowed_token_ids is None}
+        ends = request.stop_token_ids | request.eos_token_ids
+        edits |= {token: BAN for token in ends if token in edits or p.allowed_token_ids is None}
     tokens = request.output_token_ids
     for *prefix, last in request.bad_words_token_ids:
         if not prefix or tokens[-len(prefix) :] == prefix:
