@@ -14,9 +14,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from qjax import sharding
 from qjax.engine.buckets import Bucket, Buckets
 from qjax.engine.logit_edits import edits_of, has_edits
 from qjax.engine.memory import Plan
@@ -24,7 +24,6 @@ from qjax.engine.request import Request
 from qjax.engine.scheduler import ScheduledBatch
 from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
 from qjax.models.config import ModelConfig
-from qjax.sharding import kv_cache_sharding
 
 log = logging.getLogger("qjax")
 
@@ -99,11 +98,13 @@ class Runner:
             max_num_prefills=plan.max_num_prefills,
             max_pages=plan.pages_per_sequence,
         )
-        self.replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.replicated = sharding.replicated(self.mesh)
         num_slots = plan.max_num_seqs
-        heads = max(model.num_key_value_heads, self.mesh.shape["tensor"])
+        heads, _ = sharding.split_heads(
+            model.num_attention_heads, model.num_key_value_heads, sharding.tensor_parallel_size(self.mesh)
+        )
         shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
-        self.kv = self._zeros(shape, jnp.dtype(plan.dtype), kv_cache_sharding(self.mesh))
+        self.kv = self._zeros(shape, jnp.dtype(plan.dtype), sharding.kv_cache_sharding(self.mesh))
         self.state = DeviceState(
             self._zeros((num_slots + 1,), jnp.int32), self._zeros((num_slots + 1, plan.pages_per_sequence), jnp.int32)
         )
@@ -121,8 +122,8 @@ class Runner:
         }
         self._compiled: dict[tuple[Bucket, StepOptions], Callable] = {}
 
-    def _zeros(self, shape, dtype, sharding=None) -> jax.Array:
-        return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding or self.replicated)()
+    def _zeros(self, shape, dtype, placement=None) -> jax.Array:
+        return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=placement or self.replicated)()
 
     # From the host to the device
 
