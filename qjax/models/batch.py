@@ -7,6 +7,11 @@ the `Tp` tokens of prefill chunks, sequence after sequence. Both parts are padde
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
+
+from qjax import sharding
+from qjax.kernels.kv_write import kv_write
+from qjax.kernels.paged_attention import paged_decode, paged_prefill
 
 
 @jax.tree_util.register_dataclass
@@ -40,3 +45,41 @@ class Batch:
     slots: jax.Array  # int32 [T] page * S + offset where the token's K and V are written; -1: nowhere
     decode: DecodeMetadata | None  # None where Bd = 0
     prefill: PrefillMetadata | None  # None where Tp = 0
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array, layer: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Writes the step's keys and values into the cache, then attends to each token's sequence up to itself.
+
+        Args:
+          q: [T, K, G, H], with rotary embedding applied, split on K.
+          k, v: [T, K, H].
+          cache: [L, 2, P, K, S, H].
+          layer: index into the cache's first axis.
+        Returns:
+          ([T, K, G, H], cache). Rows of padding hold anything.
+        """
+        rows = ("tokens", "kv_heads", "head_dim")
+        queries = ("tokens", "kv_heads", "heads_of_kv", "head_dim")
+
+        def on_shard(q, k, v, cache, slots, decode, prefill):  # K: the device's own KV heads
+            T, K, G, H = q.shape
+            cache = kv_write(cache, k, v, slots, layer=layer)
+            q = q.reshape(T, K * G, H)
+            num_decode = 0 if decode is None else decode.context_lens.shape[0]
+            out = []
+            if decode is not None:
+                out.append(paged_decode(q[:num_decode], cache, decode.page_table, decode.context_lens, layer=layer))
+            if prefill is not None:
+                starts = prefill.query_starts
+                out.append(
+                    paged_prefill(q[num_decode:], cache, prefill.page_table, prefill.context_lens, starts, layer=layer)
+                )
+            return jnp.concatenate(out).reshape(T, K, G, H), cache
+
+        on_shards = sharding.per_shard(
+            on_shard,
+            in_axes=(queries, rows, rows, sharding.KV_CACHE_AXES, None, None, None),
+            out_axes=(queries, sharding.KV_CACHE_AXES),
+        )
+        return on_shards(q, k, v, cache, self.slots, self.decode, self.prefill)

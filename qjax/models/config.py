@@ -1,9 +1,26 @@
 """`ModelConfig`: the shape of a model, read from a checkpoint's `config.json`. Standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
+# Kinds of rotary embedding in models/rope.py: needed keys, then those that may be there.
+ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "yarn": (
+        {"factor"},
+        {
+            "original_max_position_embeddings",
+            "attention_factor",
+            "beta_fast",
+            "beta_slow",
+            "mscale",
+            "mscale_all_dim",
+            "truncate",
+        },
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -21,7 +38,7 @@ class ModelConfig:
     max_position_embeddings: int
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1_000_000.0
-    rope_scaling: dict[str, Any] | None = None  # see models/rope.py for the accepted kinds
+    rope_scaling: dict[str, Any] | None = None  # with rope_type and the keys of ROPE_KEYS; None: default
     tie_word_embeddings: bool = False
     attention_bias: bool = False  # q, k and v projections have a bias (Qwen2)
     qk_norm: bool = True  # RMSNorm over each head of q and k (Qwen3)
@@ -33,6 +50,19 @@ class ModelConfig:
         return hash(repr(self))
 
     @property
+    def attention_output_bias(self) -> bool:
+        """o_proj has a bias: where attention_bias is set, in Qwen3 but not in Qwen2."""
+        return self.attention_bias and self.architecture == "Qwen3ForCausalLM"
+
+    @property
+    def max_context_len(self) -> int:
+        """Positions the model serves: its own, or more where rope_scaling stretches them (vLLM's max_model_len)."""
+        if self.rope_scaling is None:
+            return self.max_position_embeddings
+        original = self.rope_scaling.get("original_max_position_embeddings") or self.max_position_embeddings
+        return max(self.max_position_embeddings, int(original * self.rope_scaling["factor"]))
+
+    @property
     def num_queries_per_kv(self) -> int:
         return self.num_attention_heads // self.num_key_value_heads
 
@@ -42,7 +72,7 @@ class ModelConfig:
         d, h = self.hidden_size, self.head_dim
         n, k = self.num_attention_heads, self.num_key_value_heads
         layer = d * (n + 2 * k) * h + n * h * d + 3 * d * self.intermediate_size + 2 * d
-        layer += (n + 2 * k) * h * self.attention_bias + 2 * h * self.qk_norm
+        layer += (n + 2 * k) * h * self.attention_bias + d * self.attention_output_bias + 2 * h * self.qk_norm
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + d
 
@@ -85,10 +115,8 @@ class ModelConfig:
             raise ValueError(
                 f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}."
             )
-        # transformers 5 writes rope_parameters (with rope_theta inside), older files rope_theta and rope_scaling.
-        rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+        rope = _rope_of(config)
         rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
-        kind = rope.get("rope_type", rope.get("type", "default"))
         eos = config.get("eos_token_id")
         return cls(
             architecture=architecture,
@@ -102,7 +130,7 @@ class ModelConfig:
             max_position_embeddings=need("max_position_embeddings"),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             rope_theta=float(rope_theta),
-            rope_scaling=None if kind == "default" else rope,
+            rope_scaling=_check_rope(rope),
             tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)) if is_qwen3 else True,
             qk_norm=is_qwen3,
@@ -110,3 +138,83 @@ class ModelConfig:
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
             bos_token_id=config.get("bos_token_id"),
         )
+
+
+def apply_overrides(
+    hf_config: dict[str, Any], hf_overrides: dict[str, Any], rope_scaling: dict[str, Any] | None
+) -> dict[str, Any]:
+    """A `config.json` as the options `hf_overrides` and `rope_scaling` change it.
+
+    Objects inside are merged; a rope object of another kind, and `rope_scaling` as a whole, replace the file's (but
+    keep its rope_theta). `rope_scaling` and `rope_parameters`, the older and the newer name, mean the same.
+
+    Raises:
+      ValueError: `hf_overrides` names a field that neither the file nor qjax knows.
+    """
+    known = {f.name for f in fields(ModelConfig)} | set(hf_config)
+    known |= {"architectures", "rope_parameters", "eos_token_id", "use_sliding_window", "quantization_config"}
+    for name in hf_overrides:
+        if name not in known:
+            raise ValueError(f"hf_overrides: config.json has no field {name!r}.")
+    rope_names = ("rope_scaling", "rope_parameters")
+    merged = _merge(hf_config, {k: v for k, v in hf_overrides.items() if k not in rope_names})
+    rope = _rope_of(hf_config)
+    if "rope_theta" in hf_overrides:
+        rope.pop("rope_theta", None)
+    for name in rope_names:
+        if name in hf_overrides:
+            rope = _override_rope(rope, hf_overrides[name], f"hf_overrides: {name}")
+    if rope_scaling is not None:
+        theta = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+        rope = theta | _named_kind(rope_scaling)
+    merged.pop("rope_scaling", None)
+    return merged | {"rope_parameters": rope or None}
+
+
+def _merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = _merge(out[key], value) if both else value
+    return out
+
+
+def _override_rope(rope: dict[str, Any], changes: Any, where: str) -> dict[str, Any]:
+    if changes is not None and not isinstance(changes, dict):
+        raise ValueError(f"{where} must be an object or null, got {changes!r}.")
+    changes = _named_kind(changes or {"rope_type": "default"})
+    kind = rope.get("rope_type", "default")
+    if changes.get("rope_type", kind) != kind:
+        rope = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    return rope | changes
+
+
+def _named_kind(rope: dict[str, Any]) -> dict[str, Any]:
+    """A rope object whose kind stands under `rope_type`, not under the older `type`."""
+    rope = dict(rope)
+    kind = rope.pop("type", None)
+    return rope if kind is None else {"rope_type": kind} | rope
+
+
+def _rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """transformers 5 writes rope_parameters (with rope_theta inside), older files rope_theta and rope_scaling."""
+    return _named_kind(config.get("rope_parameters") or config.get("rope_scaling") or {})
+
+
+def _check_rope(rope: dict[str, Any]) -> dict[str, Any] | None:
+    """The rope object if it asks for more than the default, checked."""
+    rope = {key: value for key, value in rope.items() if value is not None}
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_KEYS:
+        raise ValueError(f"rope_scaling: rope_type={kind!r} is not supported. Supported: {', '.join(ROPE_KEYS)}.")
+    needed, optional = ROPE_KEYS[kind]
+    for key in sorted(needed - set(rope)):
+        raise ValueError(f"rope_scaling: rope_type={kind!r} needs {key!r}.")
+    for key in sorted(set(rope) - needed - optional - {"rope_type"}):
+        raise ValueError(f"rope_scaling: unknown key {key!r} for rope_type={kind!r}.")
+    for key in (needed | optional) & set(rope) - {"truncate"}:
+        if isinstance(rope[key], bool) or not isinstance(rope[key], int | float) or rope[key] <= 0:
+            raise ValueError(f"rope_scaling: {key} must be a number above 0, got {rope[key]!r}.")
+    if rope.get("factor", 1) < 1:
+        raise ValueError(f"rope_scaling: factor must be at least 1, got {rope['factor']!r}.")
+    return None if kind == "default" else rope

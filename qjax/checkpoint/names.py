@@ -1,0 +1,136 @@
+"""How each of the model's leaves is made of Hugging Face's tensors, and back. Knows shapes, not files or devices."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from qjax.models.config import ModelConfig
+
+Tensors = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One leaf and the tensors it is made of.
+
+    `axis` is the only one that devices split; `read(tensors, start, stop)` gives the leaf's part [start, stop) of it
+    (in the tensors' dtype), touching no other part of the tensors; `write(leaf)` gives the tensors of a whole leaf.
+    """
+
+    shapes: dict[str, tuple[int, ...]]  # of the tensors, by name
+    axis: int
+    read: Callable[[Tensors, int, int], np.ndarray]
+    write: Callable[[np.ndarray], dict[str, np.ndarray]]
+
+
+def leaf_of(path: str, config: ModelConfig, num_kv_heads: int) -> Leaf:
+    """The leaf at `path` (`ModelDef.paths`) of a model with `num_kv_heads` KV heads, copies included.
+
+    Raises:
+      RuntimeError: no leaf of the model has this path.
+    """
+    *owner, module, kind = path.split(".")
+    prefix = ".".join(["model", *owner])
+    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    match (module, kind):
+        case ("embed_tokens", _):
+            return _plain("model.embed_tokens.weight", (V, D))
+        case ("lm_head", _):
+            return _transposed("lm_head.weight", (V, D), axis=1)
+        case ("down_proj", _):
+            return _transposed(f"{prefix}.down_proj.weight", (D, F), axis=0)
+        case ("gate_up_proj", _):
+            return _gate_up(prefix, D, F)
+        case ("qkv_proj", _):
+            return _qkv(prefix, config, num_kv_heads, "weight" if kind == "kernel" else "bias")
+        case ("o_proj", "kernel"):
+            return _output(f"{prefix}.o_proj.weight", config, num_kv_heads)
+        case ("o_proj", "bias"):
+            return _plain(f"{prefix}.o_proj.bias", (D,))
+        case ("q_norm" | "k_norm", _):
+            return _plain(f"{prefix}.{module}.weight", (config.head_dim,))
+        case ("norm" | "input_layernorm" | "post_attention_layernorm", _):
+            return _plain(f"{prefix}.{module}.weight", (D,))
+    raise RuntimeError(f"no rule for the weight {path!r}")
+
+
+def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
+    """out[...] = matrix.T, a few rows at a time: numpy alone misses the cache at every element."""
+    for row in range(0, matrix.shape[0], 16):
+        out[:, row : row + 16] = matrix[row : row + 16].T
+
+
+def _plain(name: str, shape: tuple[int, ...]) -> Leaf:
+    return Leaf({name: shape}, 0, lambda t, start, stop: t[name][start:stop], lambda leaf: {name: leaf})
+
+
+def _transposed(name: str, shape: tuple[int, int], axis: int) -> Leaf:
+    """A matrix [out, in] kept as [in, out], split on `axis` of the latter."""
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        part = tensors[name][:, start:stop] if axis == 0 else tensors[name][start:stop]
+        out = np.empty(part.shape[::-1], part.dtype)
+        _transpose_into(out, part)
+        return out
+
+    return Leaf({name: shape}, axis, read, lambda leaf: {name: leaf.T})
+
+
+def _gate_up(prefix: str, D: int, F: int) -> Leaf:
+    """[D, 2, F] of gate_proj and up_proj [F, D]."""
+    names = [f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"]
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        out = np.empty((D, 2, stop - start), tensors[names[0]].dtype)
+        for i, name in enumerate(names):
+            _transpose_into(out[:, i], tensors[name][start:stop])
+        return out
+
+    return Leaf(dict.fromkeys(names, (F, D)), 2, read, lambda leaf: {n: leaf[:, i].T for i, n in enumerate(names)})
+
+
+def _qkv(prefix: str, config: ModelConfig, K: int, kind: str) -> Leaf:
+    """Kernel [D, K, G + 2, H], or bias [K, G + 2, H], of q_proj [N * H, D] and k_proj, v_proj [heads * H, D].
+
+    Each of the checkpoint's KV heads is there `copies` times, every copy with its own G query heads.
+    """
+    q, k, v = (f"{prefix}.{x}_proj.{kind}" for x in "qkv")
+    D, H, N = config.hidden_size, config.head_dim, config.num_attention_heads
+    G, copies = N // K, K // config.num_key_value_heads
+    tail = (D,) if kind == "weight" else ()
+    shapes = {q: (N * H, *tail), **dict.fromkeys((k, v), (config.num_key_value_heads * H, *tail))}
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        out = np.empty((*tail, stop - start, (G + 2) * H), tensors[q].dtype)
+        for i, head in enumerate(range(start, stop)):
+            kv_rows = slice(head // copies * H, (head // copies + 1) * H)
+            parts = (tensors[q][head * G * H : (head + 1) * G * H], tensors[k][kv_rows], tensors[v][kv_rows])
+            column = 0
+            for part in parts:
+                where = out[..., i, column : column + len(part)]
+                if tail:
+                    _transpose_into(where, part)
+                else:
+                    where[...] = part
+                column += len(part)
+        return out.reshape(*out.shape[:-1], G + 2, H)
+
+    def write(leaf: np.ndarray) -> dict[str, np.ndarray]:
+        parts = {q: leaf[..., :G, :], k: leaf[..., ::copies, G : G + 1, :], v: leaf[..., ::copies, G + 1 :, :]}
+        return {name: part.reshape(*tail, -1).T for name, part in parts.items()}
+
+    return Leaf(shapes, len(tail), read, write)
+
+
+def _output(name: str, config: ModelConfig, K: int) -> Leaf:
+    """[K, G, H, D] of o_proj [D, N * H]."""
+    D, H, N = config.hidden_size, config.head_dim, config.num_attention_heads
+    G = N // K
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        out = np.empty(((stop - start) * G * H, D), tensors[name].dtype)
+        _transpose_into(out, tensors[name][:, start * G * H : stop * G * H])
+        return out.reshape(-1, G, H, D)
+
+    return Leaf({name: (D, N * H)}, 0, read, lambda leaf: {name: leaf.reshape(N * H, D).T})

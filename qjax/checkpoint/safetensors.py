@@ -1,0 +1,205 @@
+"""Weights from and to safetensors folders of Hugging Face's layout, and random weights where there is no folder.
+
+A file is mapped into memory; each device's part of each leaf is cut from the mapping, so the host holds a few
+parts at a time and never a model. Everything is checked before the first byte goes to a device.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from tqdm import tqdm
+
+from qjax import sharding
+from qjax.checkpoint.names import Leaf, leaf_of
+from qjax.models.config import ModelConfig
+from qjax.models.layers import INIT_STDDEV
+from qjax.models.qwen3 import ModelDef, abstract_model
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+NUM_READERS = 8  # threads; each holds one device's part of one leaf
+
+
+def load_params(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: Any,
+    *,
+    progress: bool | None = None,
+) -> tuple[jax.Array, ...]:
+    """The leaves of `abstract_model(config, dtype, mesh)`, read from a folder; each device reads only its part.
+
+    Args:
+      progress: show a bar; None: where stderr is a terminal.
+    Raises:
+      ValueError: the folder is no checkpoint of this model; the message names the file or the tensor.
+    """
+    modeldef, leaves = abstract_model(config, dtype, mesh)
+    rules = _rules(config, mesh, modeldef)
+    tensors = open_folder(folder)
+    _check_tensors(tensors, rules, config, folder)
+
+    total = sum(tensors[name].nbytes for rule in rules for name in rule.shapes)
+    with tqdm(
+        total=total,
+        unit="B",
+        unit_scale=True,
+        desc="Loading weights",
+        disable=None if progress is None else not progress,
+    ) as bar:
+
+        def load(rule: Leaf, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+            array = _place(rule, leaf, tensors)
+            bar.update(sum(tensors[name].nbytes for name in rule.shapes))
+            return array
+
+        with ThreadPoolExecutor(NUM_READERS, "qjax-load") as pool:
+            return tuple(pool.map(load, rules, leaves))
+
+
+def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, seed: int = 0) -> tuple[jax.Array, ...]:
+    """Random weights made on the devices: norms 1, biases 0, all else normal(0.02). The same on any mesh."""
+    key = jax.random.key(seed)
+    return tuple(
+        _random_leaf(leaf.shape, leaf.dtype, leaf.sharding, path.rsplit(".", 2)[-2:])(jax.random.fold_in(key, i))
+        for i, (leaf, path) in enumerate(zip(leaves, modeldef.paths, strict=True))
+    )
+
+
+def save_params(
+    leaves: Iterable[jax.Array], config: ModelConfig, folder: str | os.PathLike, mesh: jax.sharding.Mesh
+) -> None:
+    """Writes `model.safetensors` with Hugging Face's names and shapes, in the leaves' dtype, leaf after leaf."""
+    leaves = tuple(leaves)
+    modeldef, _ = abstract_model(config, leaves[0].dtype, mesh)
+    rules = _rules(config, mesh, modeldef)
+    code = next(code for code, dtype in DTYPES.items() if dtype == leaves[0].dtype)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for rule in rules:
+        for name, shape in rule.shapes.items():
+            size = int(np.prod(shape)) * DTYPES[code].itemsize
+            header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
+            offset += size
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(Path(folder) / SINGLE_NAME, "wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for rule, leaf in zip(rules, leaves, strict=True):
+            for tensor in rule.write(np.asarray(leaf)).values():
+                file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+
+
+def open_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
+    """All tensors of a folder by name, mapped into memory and not yet read.
+
+    Raises:
+      ValueError: no safetensors there, a file of the index missing, truncated or with a dtype qjax does not read.
+    """
+    folder = Path(folder)
+    if (folder / INDEX_NAME).exists():
+        try:
+            weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / INDEX_NAME}: not a safetensors index: {error!r}.") from None
+        files = {name: folder / name for name in sorted(set(weight_map.values()))}
+        for name, path in files.items():
+            if not path.is_file():
+                raise ValueError(f"{folder}: {name} is missing, which {INDEX_NAME} lists.")
+        tensors: dict[str, np.ndarray] = {}
+        for path in files.values():
+            tensors |= _open_file(path)
+        for tensor, name in weight_map.items():
+            if tensor not in tensors:
+                raise ValueError(f"{folder / name}: tensor {tensor} is missing, which {INDEX_NAME} lists there.")
+        return tensors
+    if (folder / SINGLE_NAME).is_file():
+        return _open_file(folder / SINGLE_NAME)
+    others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".gguf", ".safetensors"))
+    hint = f" It has {', '.join(others[:3])}: convert it to safetensors." if others else ""
+    raise ValueError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.{hint}")
+
+
+def _open_file(path: Path) -> dict[str, np.ndarray]:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"{path}: truncated: {size} bytes, its header alone should have {length}.")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError as error:
+            raise ValueError(f"{path}: the header is not JSON: {error}.") from None
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise ValueError(f"{path}: truncated: {size} bytes instead of {expected}. Download it again.")
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if header else np.empty(0, np.uint8)
+    tensors = {}
+    for name, entry in header.items():
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}.")
+        start, stop = entry["data_offsets"]
+        if stop - start != int(np.prod(entry["shape"])) * dtype.itemsize:
+            raise ValueError(f"{path}: tensor {name} has {stop - start} bytes for shape {entry['shape']}.")
+        tensors[name] = np.asarray(data[start:stop]).view(dtype).reshape(entry["shape"])
+    return tensors
+
+
+def _rules(config: ModelConfig, mesh: jax.sharding.Mesh, modeldef: ModelDef) -> list[Leaf]:
+    tp = sharding.tensor_parallel_size(mesh)
+    num_kv_heads, _ = sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tp)
+    return [leaf_of(path, config, num_kv_heads) for path in modeldef.paths]
+
+
+def _check_tensors(
+    tensors: Mapping[str, np.ndarray], rules: Iterable[Leaf], config: ModelConfig, folder: str | os.PathLike
+) -> None:
+    expected = {name: shape for rule in rules for name, shape in rule.shapes.items()}
+    for name, shape in expected.items():
+        if name not in tensors:
+            raise ValueError(f"{folder}: tensor {name} {list(shape)} is missing.")
+        if tensors[name].shape != shape:
+            raise ValueError(f"{folder}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(shape)}.")
+    for name in tensors:
+        unused = name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+        if name not in expected and not unused:
+            raise ValueError(f"{folder}: tensor {name} is none of {config.architecture}'s.")
+
+
+def _place(rule: Leaf, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndarray]) -> jax.Array:
+    # numpy moves the standard integers without the interpreter lock, bfloat16 only with it.
+    bits = {name: tensors[name].view(f"u{tensors[name].itemsize}") for name in rule.shapes}
+    stored = tensors[next(iter(bits))].dtype
+
+    def part(index: Any) -> np.ndarray:  # a slice for each axis
+        start, stop, _ = index[rule.axis].indices(leaf.shape[rule.axis])
+        return rule.read(bits, start, stop).view(stored).astype(leaf.dtype, copy=False)
+
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
+
+
+def _random_leaf(shape: tuple[int, ...], dtype: Any, where: Any, names: list[str]) -> Any:
+    module, kind = names
+    if "norm" in module or kind == "bias":
+        fill = 0.0 if kind == "bias" else 1.0
+        return jax.jit(lambda key: jnp.full(shape, fill, dtype), out_shardings=where)
+    return partial(_normal, shape=shape, dtype=dtype, where=where)
+
+
+@partial(jax.jit, static_argnames=("shape", "dtype", "where"))
+def _normal(key: jax.Array, *, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
+    values = jax.random.normal(key, shape, jnp.float32, out_sharding=where)
+    return (INIT_STDDEV * values).astype(dtype)

@@ -1,0 +1,185 @@
+"""Qwen3 (and Qwen2) as a Flax module, top to bottom: model, decoder layer, attention, feed-forward.
+
+The model knows tokens, positions and its weights; how attention finds earlier keys and values is the batch's
+matter (`attend`): the paged batch of the engine or a dense one. Fused weights lie so that tensor parallelism splits
+them on one axis without moving a row (`K` KV heads, each with its `G` query heads, or `F`).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qjax import sharding
+from qjax.models.config import ModelConfig
+from qjax.models.layers import Embedding, Linear, RMSNorm
+from qjax.models.rope import apply_rope, rope_angles
+
+
+class AttendingBatch(Protocol):
+    """What the model asks of its input; `models/batch.py` has the engine's."""
+
+    @property
+    def token_ids(self) -> jax.Array: ...  # int32 [T]
+
+    @property
+    def positions(self) -> jax.Array: ...  # int32 [T]
+
+    def attend(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, layer: int
+    ) -> tuple[jax.Array, Any]: ...  # q [T, K, G, H], k and v [T, K, H] → [T, K, G, H], cache
+
+
+class Qwen3ForCausalLM(nnx.Module):
+    """A dense Qwen decoder. Parameters have Hugging Face's names, fused ones vLLM's.
+
+    Args:
+      dtype: of the weights, and so of the residual stream.
+      tensor_parallel_size: of the mesh it is built under (`jax.set_mesh`); it decides how KV heads are replicated.
+      rngs: for random weights; None: zeros and ones (to be replaced, or never computed: `abstract_model`).
+    Raises:
+      ValueError: tensor_parallel_size does not divide a size of the model; the message names it.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        dtype: jnp.dtype,
+        tensor_parallel_size: int = 1,
+        rngs: nnx.Rngs | None = None,
+    ):
+        sharding.check_split(
+            tensor_parallel_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size
+        )
+        heads = sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tensor_parallel_size)
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
+        self.layers = nnx.List(
+            [DecoderLayer(config, heads, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
+        self.norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype=dtype)
+        shape, axes = (config.hidden_size, config.vocab_size), ("embed", "vocab")
+        self.lm_head = None if config.tie_word_embeddings else Linear("RD,DV->RV", shape, axes, dtype=dtype, rngs=rngs)
+
+    def __call__(self, batch: AttendingBatch, cache: Any) -> tuple[jax.Array, Any]:
+        """Hidden states after the last norm [T, D], and the cache with the step's keys and values."""
+        x = self.embed_tokens(batch.token_ids)  # [T, D]
+        rope = rope_angles(batch.positions, self.config)
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x, cache = layer(x, rope, batch, cache, index)
+        return self.norm(x), cache
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """[R, D] → float32 [R, V], whole on every device."""
+        if self.lm_head is None:
+            equation, weight = "RD,VD->RV", self.embed_tokens.weight[...]
+        else:
+            equation, weight = "RD,DV->RV", self.lm_head.kernel[...]
+        logits = jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)
+        return jax.sharding.reshard(logits, sharding.spec_like(hidden, None))
+
+
+class DecoderLayer(nnx.Module):
+    def __init__(self, config: ModelConfig, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        size, eps = config.hidden_size, config.rms_norm_eps
+        self.input_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
+        self.self_attn = Attention(config, heads, dtype=dtype, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
+        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], batch: AttendingBatch, cache: Any, layer: int
+    ) -> tuple[jax.Array, Any]:
+        attended, cache = self.self_attn(self.input_layernorm(x), rope, batch, cache, layer)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), cache
+
+
+class Attention(nnx.Module):
+    def __init__(self, config: ModelConfig, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        D, H, (K, G) = config.hidden_size, config.head_dim, heads
+        # For each KV head its G query heads, then k, then v.
+        self.qkv_proj = Linear(
+            "TD,DKGH->TKGH",
+            (D, K, G + 2, H),
+            ("embed", "kv_heads", "heads_of_kv", "head_dim"),
+            use_bias=config.attention_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.o_proj = Linear(
+            "TKGH,KGHD->TD",
+            (K, G, H, D),
+            ("kv_heads", "heads_of_kv", "head_dim", "embed"),
+            num_inputs=3,
+            use_bias=config.attention_output_bias,
+            dtype=dtype,
+            rngs=rngs,
+        )
+        self.q_norm = RMSNorm(H, "head_dim", config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+        self.k_norm = RMSNorm(H, "head_dim", config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
+
+    def __call__(
+        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], batch: AttendingBatch, cache: Any, layer: int
+    ) -> tuple[jax.Array, Any]:
+        qkv = self.qkv_proj(x)  # [T, K, G + 2, H]
+        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        out, cache = batch.attend(q, k, v, cache, layer)  # [T, K, G, H]
+        return self.o_proj(out), cache
+
+
+class FeedForward(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate_up_proj = Linear("TD,DSF->TSF", (D, 2, F), ("embed", "gate_up", "mlp"), dtype=dtype, rngs=rngs)
+        self.down_proj = Linear("TF,FD->TD", (F, D), ("mlp", "embed"), dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate_up = self.gate_up_proj(x)  # [T, 2, F]
+        return self.down_proj(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])
+
+
+@dataclass(frozen=True)
+class ModelDef:
+    """A model without its arrays; hashable, so a jitted function may close over it."""
+
+    graphdef: Any
+    treedef: Any
+    paths: tuple[str, ...]  # of each leaf, such as "layers.0.self_attn.qkv_proj.kernel"
+
+
+def split(model: Qwen3ForCausalLM) -> tuple[ModelDef, tuple[jax.Array, ...]]:
+    """A model as flat leaves: a jitted step takes those, as passing a module costs milliseconds of host time."""
+    graphdef, state = nnx.split(model)
+    leaves, treedef = jax.tree.flatten_with_path(state)
+    paths = tuple(".".join(str(key.key) for key in path if hasattr(key, "key")) for path, _ in leaves)
+    return ModelDef(graphdef, treedef, paths), tuple(leaf for _, leaf in leaves)
+
+
+def merge(modeldef: ModelDef, leaves: tuple[jax.Array, ...]) -> Qwen3ForCausalLM:
+    """The inverse of `split`; at trace time."""
+    return nnx.merge(modeldef.graphdef, jax.tree.unflatten(modeldef.treedef, leaves))
+
+
+def abstract_model(
+    config: ModelConfig, dtype: Any, mesh: jax.sharding.Mesh
+) -> tuple[ModelDef, tuple[jax.ShapeDtypeStruct, ...]]:
+    """What `split` gives, with shapes, dtypes and shardings in place of arrays: no memory, no compilation.
+
+    Raises:
+      ValueError: the mesh's tensor_parallel_size does not divide a size of the model.
+    """
+    tp = sharding.tensor_parallel_size(mesh)
+    with jax.set_mesh(mesh):
+        model = nnx.eval_shape(lambda: Qwen3ForCausalLM(config, dtype=jnp.dtype(dtype), tensor_parallel_size=tp))
+    modeldef, leaves = split(model)
+    return modeldef, tuple(sharding.on_devices(mesh, leaf) for leaf in leaves)
