@@ -98,7 +98,7 @@ def test_stop_strings(tokenizer, text, stops, data):
 def test_no_beginning_of_a_stop_string_leaks(tokenizer, text, stops, data):
     """What is out is all that no continuation can make part of a stop string: not a character more or less."""
     parts = splits(data, tokenizer.encode(text))
-    texts, detokenizer = run(tokenizer, parts, stop=stops)
+    texts, _ = run(tokenizer, parts, stop=stops)
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     seen = out = ""
     for part, released in zip(parts, texts, strict=False):
