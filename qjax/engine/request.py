@@ -25,10 +25,13 @@ class Request:
     prompt_token_ids: list[int]
     params: SamplingParams
     max_tokens: int  # resolved: never more than the context has room for
-    stop_token_ids: frozenset[int] = frozenset()  # EOS (unless ignore_eos) and the request's own
+    stop_token_ids: frozenset[int] = frozenset()  # the request's own; they are its stop_reason
+    eos_token_ids: frozenset[int] = frozenset()  # the model's, empty with ignore_eos; they end without a stop_reason
     arrival_time: float = 0.0
     priority: int = 0  # lower runs earlier
     cache_salt: str | None = None
+    seed: int = 0
+    bad_words_token_ids: list[list[int]] = field(default_factory=list)  # token sequences that are never completed
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -38,6 +41,10 @@ class Request:
     slot: int | None = None  # row in the device's per-request state while RUNNING
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
     num_preemptions: int = 0
+    arrival_order: int = 0  # set by the scheduler: its n-th request
+    has_device_token: bool = False  # the last token was sampled in the present slot, so the device knows it
+    page_hashes: list[bytes] = field(default_factory=list, repr=False)  # chained, of the first full pages
+    num_registered_pages: int = 0  # leading pages of `page_ids` that were offered to the prefix cache
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     first_scheduled_time: float | None = None
