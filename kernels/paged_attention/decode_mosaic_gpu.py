@@ -1,0 +1,287 @@
+"""Paged decode on Hopper: the keys and values of each sequence are cut into splits, a second kernel joins them.
+
+A persistent grid takes (split, KV head) items from a list that is as long as the contexts are, whatever the width of
+the page table. In each block one warpgroup fetches pages with TMA and one computes. A sequence's splits depend on
+its own length alone, so a row's result does not depend on the batch it is in, bit for bit.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from qjax.kernels.paged_attention.mosaic_common import (
+    LOG2E,
+    MASKED,
+    MATRIX,
+    NUM_SMS,
+    TILED,
+    add_values_product,
+    broadcast_rows,
+    check_supported,
+    flat_pages,
+    initial_state,
+    load_tile,
+    num_copies,
+    page_slices,
+    scores_product,
+    zero_rows_from,
+)
+
+TILE = 64  # tokens fetched and computed at once
+ROWS_WGMMA = 64  # the least rows of a wgmma; a KV head's few query heads leave most of them unused
+NUM_STAGES = 4  # tiles in flight: 128 KiB of H = 128, several times bandwidth * latency of one SM
+MAX_SPLITS = 64
+JOIN_UNROLL = 4  # splits whose loads the joining kernel has in flight together
+
+
+def paged_decode_mosaic(
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    context_lens: jax.Array,
+    *,
+    layer: int,
+    scale: float,
+    interpret: bool,
+) -> jax.Array:
+    check_supported(q, kv, max_group=16)
+    B, N, H = q.shape
+    K, S = kv.shape[3:5]
+    G = N // K
+    first_item, num_splits, items = split_items(context_lens, page_table.shape[1] * S, K)
+    # Queries arrive in boxes of whole 8-row tiles. XLA fuses the padding into whatever computed them.
+    q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, -G % 8), (0, 0)))
+    partial, lse = _splits(q, kv, page_table, items, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret)
+    return _join(partial, lse, first_item, num_splits, G=G, dtype=q.dtype, interpret=interpret).reshape(B, N, H)
+
+
+def tiles_per_split(num_tiles, num_kv_heads: int):
+    """Long splits for long contexts: enough of them to fill the GPU at batch 1, few enough to be cheap to join."""
+    by_length = jnp.where(num_tiles <= 32, 4, jnp.where(num_tiles <= 128, 8, jnp.where(num_tiles <= 512, 16, 32)))
+    by_length = jnp.maximum(by_length * min(num_kv_heads, 8) // 8, 4)
+    return jnp.maximum(by_length, -(-num_tiles // MAX_SPLITS))
+
+
+def split_items(context_lens: jax.Array, max_context: int, num_kv_heads: int) -> tuple[jax.Array, ...]:
+    """Cuts each sequence into splits of about equal numbers of tiles.
+
+    Returns int32 first_item [B], num_splits [B] and items [I, 4]: sequence, first tile, number of tiles (0 in the
+    unused tail of the list), context length. Every layer asks for the same; XLA computes it once a step.
+    """
+    B = context_lens.shape[0]
+    num_tiles = -(-context_lens // TILE)
+    num_splits = -(-num_tiles // tiles_per_split(num_tiles, num_kv_heads))
+    end = jnp.cumsum(num_splits)
+    with jax.ensure_compile_time_eval():
+        lengths = jnp.arange(-(-max_context // TILE) + 1)
+        most = int(jnp.max(-(-lengths // tiles_per_split(lengths, num_kv_heads))))
+    item = jnp.arange(B * most, dtype=jnp.int32)
+    seq = jnp.sum(end[None, :] <= item[:, None], axis=1, dtype=jnp.int32)
+    is_item = seq < B
+    seq = jnp.minimum(seq, B - 1)
+    split = item - (end - num_splits)[seq]
+    splits, tiles = jnp.maximum(num_splits[seq], 1), num_tiles[seq]
+    first, last = split * tiles // splits, (split + 1) * tiles // splits
+    items = jnp.stack([seq, first, jnp.where(is_item, last - first, 0), context_lens[seq]], axis=1)
+    return (end - num_splits).astype(jnp.int32), num_splits.astype(jnp.int32), items.astype(jnp.int32)
+
+
+def _rows_kept(G: int, H: int) -> int:
+    """Rows of a partial result: the group's, and one more where a warpgroup could not share them out evenly."""
+    return G + (G * H // 64) % 2
+
+
+def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> list[jax.Array]:
+    """Attention within each split: normalised outputs [I, K, num_rows, H] and log2-sum-exp2 [I, K, 8 or 16]."""
+    K, G_padded, H = q.shape[1:]
+    P, S = kv.shape[2], kv.shape[4]
+    num_items = items.shape[0]
+    num_blocks = min(NUM_SMS, num_items * K)
+    dtype = q.dtype
+
+    def paged_decode_splits_kernel(q_ref, pages_ref, table_ref, items_ref, out_ref, lse_ref,
+             q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_empty, k_full, v_full, kv_empty):  # fmt: skip
+        block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+
+        def for_each_item(handle):
+            """Calls `handle(turn, tiles so far, item, head, seq, first tile, number of tiles, length)`."""
+
+            def is_left(state):
+                index, _, _ = state
+                item = lax.div(index, jnp.int32(K))
+                return (item < num_items) & (items_ref[jnp.minimum(item, num_items - 1), 2] > 0)
+
+            def step(state):
+                index, turn, done = state
+                item, head = lax.div(index, jnp.int32(K)), lax.rem(index, jnp.int32(K))
+                seq, first, count, length = (items_ref[item, j] for j in range(4))
+                handle(turn, done, item, head, seq, first, count, length)
+                return index + num_blocks, turn + 1, done + count
+
+            lax.while_loop(is_left, step, (block.astype(jnp.int32), jnp.int32(0), jnp.int32(0)))
+
+        @pl.when(warpgroup == 0)
+        def _compute():
+            plgpu.set_max_registers(232, action="increase")
+            # Everything starts out free, so that the producer can wait in the same way every time.
+            for slot in range(NUM_STAGES):
+                plgpu.barrier_arrive(kv_empty.at[slot])
+            for slot in range(2):
+                plgpu.barrier_arrive(q_empty.at[slot])
+
+            def handle(turn, done, item, head, seq, first, count, length):
+                del seq
+                q_slot = lax.rem(turn, jnp.int32(2))
+                plgpu.barrier_wait(q_full.at[q_slot])
+
+                def step(i, state):
+                    acc, max_, sum_ = state
+                    slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
+                    num_valid = length - (first + i) * TILE
+                    plgpu.barrier_wait(k_full.at[slot])
+                    scores = scores_product(q_smem.at[q_slot], k_smem.at[slot], interpret)
+                    token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
+                    scores = jnp.where(token < num_valid, scores * (scale * LOG2E), MASKED)
+                    new_max = jnp.maximum(max_, scores.max(axis=1))
+                    decay = jnp.exp2(max_ - new_max)
+                    p = jnp.exp2(scores - broadcast_rows(new_max, scores.shape))
+                    acc = acc * broadcast_rows(decay, acc.shape)
+                    sum_ = sum_ * decay + p.sum(axis=1)
+                    plgpu.barrier_wait(v_full.at[slot])
+                    pl.when(num_valid < TILE)(lambda: zero_rows_from(v_smem.at[slot], num_valid))
+                    acc = add_values_product(acc, p.astype(dtype), v_smem.at[slot], interpret)
+                    plgpu.barrier_arrive(kv_empty.at[slot])
+                    return acc, new_max, sum_
+
+                acc, max_, sum_ = lax.fori_loop(0, count, step, initial_state(ROWS_WGMMA, H))
+                plgpu.barrier_arrive(q_empty.at[q_slot])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left the buffers
+                out_smem[...] = acc / broadcast_rows(sum_, acc.shape)
+                lse_smem[...] = max_ + jnp.log2(sum_)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, num_rows)], out_ref.at[item, head])
+                plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, G_padded)], lse_ref.at[item, head])
+
+            for_each_item(handle)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(warpgroup == 1)
+        def _fetch():
+            plgpu.set_max_registers(40, action="decrease")
+
+            def handle(turn, done, item, head, seq, first, count, length):
+                del item, length
+                q_slot = lax.rem(turn, jnp.int32(2))
+                plgpu.barrier_wait(q_empty.at[q_slot])
+                plgpu.copy_gmem_to_smem(
+                    q_ref.at[seq, head], q_smem.at[q_slot, pl.ds(0, G_padded)], q_full.at[q_slot]
+                )
+
+                def step(i, _):
+                    slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
+                    slices = page_slices(table_ref, seq, first + i, TILE, S)
+                    plgpu.barrier_wait(kv_empty.at[slot])
+                    where = dict(num_pages=P, head=head, num_heads=K)
+                    load_tile(pages_ref, k_smem.at[slot], k_full.at[slot], slices, plane=2 * layer, **where)
+                    load_tile(pages_ref, v_smem.at[slot], v_full.at[slot], slices, plane=2 * layer + 1, **where)
+
+                lax.fori_loop(0, count, step, None)
+
+            for_each_item(handle)
+            # The last arrivals: no block ends before its barriers are all waited for.
+            for slot in range(NUM_STAGES):
+                plgpu.barrier_wait(kv_empty.at[slot])
+            for slot in range(2):
+                plgpu.barrier_wait(q_empty.at[slot])
+
+    tiles = plgpu.SMEM((NUM_STAGES, TILE, H), dtype, transforms=TILED)
+    filled = plgpu.Barrier(num_arrivals=num_copies(TILE, S), num_barriers=NUM_STAGES)
+    return plgpu.kernel(
+        paged_decode_splits_kernel,
+        out_type=[
+            jax.ShapeDtypeStruct((num_items, K, num_rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((num_items, K, G_padded), jnp.float32),
+        ],
+        scratch_types=[
+            plgpu.SMEM((2, ROWS_WGMMA, H), dtype, transforms=TILED),
+            tiles,
+            tiles,
+            plgpu.SMEM((ROWS_WGMMA, H), jnp.float32),
+            plgpu.SMEM((ROWS_WGMMA,), jnp.float32),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
+            filled,
+            filled,
+            plgpu.Barrier(num_barriers=NUM_STAGES),
+        ],
+        grid=(num_blocks,),
+        grid_names=("block",),
+        num_threads=2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(q, flat_pages(kv), page_table, items)
+
+
+def _join(partial, lse, first_item, num_splits, *, G, dtype, interpret) -> jax.Array:
+    """Joins the splits of each (sequence, KV head): [B, K, G * H]; a sequence without splits gets 0."""
+    num_items, K, num_rows, H = partial.shape
+    B, size = num_splits.shape[0], num_rows * H
+    vector = plgpu.Layout.WG_STRIDED((size,), vec_size=max(n for n in (1, 2, 4) if size % (128 * n) == 0))
+
+    def paged_decode_join_kernel(partial_ref, lse_ref, first_ref, count_ref, out_ref, out_smem):
+        seq, head = lax.axis_index("seq"), lax.axis_index("head")
+        first, count = first_ref[seq], count_ref[seq]
+        position = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=vector)
+
+        def spread(values: list[jax.Array]) -> jax.Array:
+            """One scalar a query head -> a vector over its H elements."""
+            out = lax.broadcast_in_dim(values[-1], (size,), [])
+            for g in reversed(range(G - 1)):
+                out = jnp.where(position < (g + 1) * H, values[g], out)
+            return out
+
+        def step(i, state):
+            acc, max_, sum_ = state
+            items, scores = [], []
+            for u in range(JOIN_UNROLL):
+                split = i * JOIN_UNROLL + u
+                item = first + jnp.minimum(split, count - 1)
+                items.append(item)
+                scores.append([jnp.where(split < count, lse_ref[item, head, g], MASKED) for g in range(G)])
+            outs = [plgpu.load(partial_ref.at[item, head], layout=vector) for item in items]
+            new_max = [jnp.maximum(max_[g], _max([s[g] for s in scores])) for g in range(G)]
+            decay = [jnp.exp2(max_[g] - new_max[g]) for g in range(G)]
+            weights = [[jnp.exp2(s[g] - new_max[g]) for g in range(G)] for s in scores]
+            acc = acc * spread(decay)
+            for out, weight in zip(outs, weights, strict=True):
+                acc = acc + out * spread(weight)
+            sum_ = tuple(sum_[g] * decay[g] + sum(w[g] for w in weights) for g in range(G))
+            return acc, tuple(new_max), sum_
+
+        zero = plgpu.layout_cast(jnp.full((size,), 0, jnp.float32), vector)
+        state = zero, (jnp.float32(MASKED),) * G, (jnp.float32(0),) * G
+        acc, _, sum_ = lax.fori_loop(0, lax.div(count + JOIN_UNROLL - 1, jnp.int32(JOIN_UNROLL)), step, state)
+        out_smem[...] = (acc / spread([jnp.maximum(s, 1e-30) for s in sum_])).astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, G * H)], out_ref.at[seq, head])
+        plgpu.wait_smem_to_gmem(0)
+
+    return plgpu.kernel(
+        paged_decode_join_kernel,
+        out_type=jax.ShapeDtypeStruct((B, K, G * H), dtype),
+        scratch_types=[plgpu.SMEM((size,), dtype)],
+        grid=(B, K),
+        grid_names=("seq", "head"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(partial.reshape(num_items, K, size), lse, first_item, num_splits)
+
+
+def _max(values: list[jax.Array]) -> jax.Array:
+    out = values[0]
+    for value in values[1:]:
+        out = jnp.maximum(out, value)
+    return out

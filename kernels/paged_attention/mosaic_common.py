@@ -1,0 +1,99 @@
+"""What the decode and the prefill kernel share: layouts, the page walk, and the two matrix products."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+LOG2E = math.log2(math.e)
+MASKED = -1e30
+NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # what wgmma reads, for 2-byte types
+MATRIX = plgpu.Layout.WGMMA
+ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
+
+
+def check_supported(q: jax.Array, kv: jax.Array, max_group: int) -> None:
+    N, H = q.shape[1:]
+    K, S = kv.shape[3:5]
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"the kernel computes in bfloat16 or float16, not {q.dtype}")
+    if H not in (64, 128) or S not in (16, 32, 64, 128) or N // K > max_group:
+        raise NotImplementedError(f"head_dim {H}, page size {S}, {N} query heads for {K} KV heads")
+
+
+def flat_pages(kv: jax.Array) -> jax.Array:
+    """[L, 2, P, K, S, H] -> [L * 2 * P * K, S, H]: one tile a (page, head), which TMA can address."""
+    return kv.reshape(-1, *kv.shape[4:])
+
+
+def page_slices(table_ref, seq, tile, tile_tokens: int, page_size: int):
+    """The pieces of pages that hold one tile of tokens: (row in the tile, page, slice of the page)."""
+    width = table_ref.shape[1]
+    if page_size > tile_tokens:
+        tiles_per_page = jnp.int32(page_size // tile_tokens)
+        start = pl.multiple_of(lax.rem(tile, tiles_per_page) * tile_tokens, tile_tokens)
+        return [(0, table_ref[seq, lax.div(tile, tiles_per_page)], pl.ds(start, tile_tokens))]
+    num_pages = tile_tokens // page_size
+    # The last tile may reach past the table; what it reads there is masked.
+    entries = [jnp.minimum(tile * num_pages + j, width - 1) for j in range(num_pages)]
+    return [(j * page_size, table_ref[seq, entry], pl.ds(0, page_size)) for j, entry in enumerate(entries)]
+
+
+def load_tile(pages_ref, smem, barrier, slices, *, plane: int, num_pages: int, head, num_heads: int) -> None:
+    """Starts the copies of one tile of keys or values; `plane` = 2 * layer + (0 for keys, 1 for values)."""
+    for row, page, rows in slices:
+        index = (plane * num_pages + page) * num_heads + head
+        plgpu.copy_gmem_to_smem(pages_ref.at[index, rows], smem.at[pl.ds(row, rows.size)], barrier)
+
+
+def num_copies(tile_tokens: int, page_size: int) -> int:
+    return max(1, tile_tokens // page_size)
+
+
+def zero_rows_from(v_smem, num_valid) -> None:
+    """Slots that hold no token may hold NaN, and 0 * NaN in the product would spoil the sum."""
+    rows = plgpu.broadcasted_iota(jnp.int32, v_smem.shape, 0, layout=MATRIX)
+    values = plgpu.load(v_smem, layout=MATRIX)
+    v_smem[...] = jnp.where(rows < num_valid, values, jnp.zeros_like(values))
+    plgpu.commit_smem()
+
+
+def scores_product(q_smem, k_smem, interpret: bool, meanwhile=lambda: None) -> jax.Array:
+    """q @ k.T in float32; `meanwhile` runs between the start and the end of the product."""
+    if interpret:
+        meanwhile()
+        return jnp.dot(q_smem[...], k_smem[...].T, preferred_element_type=jnp.float32)
+
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, q_smem, k_smem.transpose((1, 0)))
+        meanwhile()
+        return acc_ref[...]
+
+    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
+
+
+def add_values_product(acc: jax.Array, p: jax.Array, v_smem, interpret: bool, meanwhile=lambda: None) -> jax.Array:
+    """acc + p @ v. The interpreter has no wgmma with an operand in registers."""
+    if interpret:
+        meanwhile()
+        return acc + jnp.dot(p, v_smem[...], preferred_element_type=jnp.float32)
+
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, p, v_smem)
+        meanwhile()
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def broadcast_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, [0])
+
+
+def initial_state(num_rows: int, head_dim: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Accumulator, running maximum (in units of log 2) and running sum of the online softmax."""
+    full = lambda shape, value, layout: plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+    return full((num_rows, head_dim), 0, MATRIX), full((num_rows,), MASKED, ROWS), full((num_rows,), 0, ROWS)
