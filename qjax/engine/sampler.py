@@ -1,0 +1,248 @@
+"""From logits to token ids: penalties, bans, temperature, top-k, top-p, min-p, and logprobs. Pure jnp, inside the jit.
+
+Three promises shape the code:
+
+- *A row's token does not depend on its neighbours*, bit by bit. Sums decide which tokens top-p keeps, and the order
+  of a float sum changes with the batch's shape; so probabilities are summed as integers, whose order is no matter.
+- *No sort of the vocabulary.* The thresholds of top-k and top-p are found by bisection over the logits' bit
+  patterns: 32 passes that only read.
+- *NaN is an error, not token 0.* A row without a finite maximum gives token -1.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MAX_SCANNED_LOGPROBS = 32  # up to here one pass a rank beats a sort
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # beyond, z = logit / temperature could overflow or be 0 / 0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SamplingBatch:
+    """Sampling options of R rows."""
+
+    temperature: jax.Array  # float32 [R]; 0: greedy
+    top_k: jax.Array  # int32 [R]; 0: off
+    top_p: jax.Array  # float32 [R]; 1: off
+    min_p: jax.Array  # float32 [R]; 0: off
+    seeds: jax.Array  # uint32 [R, 2] high and low half of a 64-bit seed, see `split_seed`
+    counters: jax.Array  # int32 [R] position of the token sampled: the number of tokens before it
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PenaltyBatch:
+    """Penalties of R rows; 1, 0, 0 are off."""
+
+    repetition: jax.Array  # float32 [R]
+    presence: jax.Array  # float32 [R]
+    frequency: jax.Array  # float32 [R]
+
+
+def split_seed(seed: int) -> tuple[int, int]:
+    """High and low 32 bits of a 64-bit seed, negative ones in two's complement."""
+    return (seed >> 32) & 0xFFFFFFFF, seed & 0xFFFFFFFF
+
+
+def apply_penalties(
+    logits: jax.Array, output_counts: jax.Array, prompt_mask: jax.Array, penalties: PenaltyBatch
+) -> jax.Array:
+    """Makes tokens that were seen less likely (repetition: Keskar et al., 2019, CTRL; the others: OpenAI's).
+
+    Args:
+      logits: float32 [R, V].
+      output_counts: int [R, V] how often each token was generated.
+      prompt_mask: bool [R, V] tokens of the prompt.
+      penalties: repetition is over prompt and output: positive logits are divided by it, others multiplied.
+        presence is subtracted once, frequency once for each time; both over the output.
+
+    Returns:
+      float32 [R, V].
+    """
+    generated = output_counts > 0
+    repetition = penalties.repetition[:, None]
+    repeated = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits = jnp.where(prompt_mask | generated, repeated, logits)
+    logits -= penalties.frequency[:, None] * output_counts.astype(logits.dtype)
+    return logits - jnp.where(generated, penalties.presence[:, None], 0.0)
+
+
+def apply_logit_edits(logits: jax.Array, ids: jax.Array, values: jax.Array, only_listed: jax.Array) -> jax.Array:
+    """Adds a number to a few tokens' logits: bias, ban (-inf), and with `only_listed` the allowed tokens.
+
+    Args:
+      logits: float32 [R, V].
+      ids: int32 [R, M] token ids of each row; -1 is padding.
+      values: float32 [R, M] added to them; the values of an id given twice add up.
+      only_listed: bool [R] ban every token that is not in the row's `ids`.
+
+    Returns:
+      float32 [R, V].
+    """
+    rows = jnp.arange(logits.shape[0])[:, None]
+    columns = jnp.where(ids < 0, logits.shape[1], ids)  # out of range, so dropped: -1 would be the last token
+    listed = jnp.zeros(logits.shape, bool).at[rows, columns].set(True, mode="drop")
+    logits = jnp.where(only_listed[:, None] & ~listed, -jnp.inf, logits)
+    return logits.at[rows, columns].add(values, mode="drop")
+
+
+def greedy(logits: jax.Array) -> jax.Array:
+    """int32 [R]: the likeliest token of float32 [R, V] logits, the lowest id among equals; -1 for NaN."""
+    return _or_error(jnp.argmax(logits, axis=-1), logits)
+
+
+def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+    """Samples a token for each row.
+
+    Temperature, then min-p (Nguyen et al., 2024), then top-k (Fan et al., 2018), then top-p over what is left
+    (Holtzman et al., 2019), in vLLM's order. Tokens as likely as the last one kept are kept too. Rows with
+    temperature 0 are `greedy`, exactly.
+
+    The draw is the Gumbel-max trick (Gumbel, 1954): argmax of logit / temperature + noise, with noise from a
+    counter-based generator keyed by the row's seed and position: a seed gives the same text in any batch.
+
+    Args:
+      logits: float32 [R, V]; -inf is never sampled.
+      batch: options of the R rows.
+
+    Returns:
+      int32 [R] token ids; -1 where the logits are NaN or +inf, or all -inf.
+    """
+    is_random = batch.temperature > 0
+    temperature = jnp.where(is_random, jnp.clip(batch.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE), 1.0)
+    # Rows of logits relative to the likeliest token: z <= 0, exp(z) <= 1.
+    z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]  # [R, V]
+    keep = z >= jnp.log(batch.min_p)[:, None]
+
+    keys = _sort_keys(logits)
+    size = logits.shape[1]
+    top_k = jnp.where(is_random & (batch.top_k > 0) & (batch.top_k < size), batch.top_k, 0)
+    threshold = lax.cond(jnp.any(top_k > 0), _top_k_threshold, lambda keys, k: _nothing_dropped(k), keys, top_k)
+    keep &= keys >= threshold[:, None]
+
+    top_p = jnp.where(is_random, batch.top_p, 1.0)
+    threshold = lax.cond(
+        jnp.any(top_p < 1.0), _top_p_threshold, lambda keys, z, keep, p: _nothing_dropped(p), keys, z, keep, top_p
+    )
+    keep &= keys >= threshold[:, None]
+
+    tokens = lax.cond(
+        jnp.any(is_random),
+        lambda: jnp.argmax(jnp.where(keep, z + _gumbel(batch.seeds, batch.counters, size), -jnp.inf), axis=-1),
+        lambda: jnp.zeros(logits.shape[:1], jnp.int32),
+    )
+    return _or_error(jnp.where(is_random, tokens, jnp.argmax(logits, axis=-1)), logits)
+
+
+def logprobs_of(logits: jax.Array, tokens: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of given tokens and of the likeliest ones.
+
+    Args:
+      logits: float32 [R, V], raw: before penalties, edits and temperature.
+      tokens: int32 [R]; -1 is read as 0.
+      num: how many of the likeliest tokens to return (static).
+
+    Returns:
+      token_logprob float32 [R]; rank int32 [R], 1 for the likeliest (tokens of equal logit share the best rank);
+      top_ids int32 [R, num], likeliest first, lower ids first among equals; top_logprobs float32 [R, num].
+    """
+    normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)  # [R, 1]
+    chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=-1)  # [R, 1]
+    rank = 1 + jnp.sum(logits > chosen, axis=-1, dtype=jnp.int32)
+    top_ids = _top_ids(logits, num)
+    top_logits = jnp.take_along_axis(logits, top_ids, axis=-1)
+    return (chosen - normalizer)[:, 0], rank, top_ids, top_logits - normalizer
+
+
+def _or_error(tokens: jax.Array, logits: jax.Array) -> jax.Array:
+    """int32 [R]: the tokens, -1 where the row has NaN or +inf, or no token that is not banned."""
+    is_good = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
+    return jnp.where(is_good, tokens, -1).astype(jnp.int32)
+
+
+def _sort_keys(logits: jax.Array) -> jax.Array:
+    """uint32 of the same order as the float32 logits (Herf, 2001): for non-negative ones set the sign bit, for
+    negative ones flip all bits. -0 is made 0 first, as the two are equal."""
+    bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
+    return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
+
+
+def _nothing_dropped(per_row: jax.Array) -> jax.Array:
+    return jnp.zeros(per_row.shape, jnp.uint32)
+
+
+def _largest_threshold(is_enough, num_rows: int) -> jax.Array:
+    """uint32 [R]: for each row the largest t with `is_enough(t)`, which must be true up to some t and false after.
+
+    One bit a pass, from the highest. A fixed number of passes: a loop that may end early makes the host wait for the
+    GPU at each turn.
+    """
+
+    def body(i, threshold):
+        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(is_enough(candidate), candidate, threshold)
+
+    return lax.fori_loop(0, 32, body, jnp.zeros((num_rows,), jnp.uint32))
+
+
+def _top_k_threshold(keys: jax.Array, top_k: jax.Array) -> jax.Array:
+    """uint32 [R]: the k-th largest of each row's keys; 0 where k is 0."""
+    is_enough = lambda t: jnp.sum(keys >= t[:, None], axis=-1, dtype=jnp.int32) >= top_k
+    return jnp.where(top_k > 0, _largest_threshold(is_enough, keys.shape[0]), 0)
+
+
+def _top_p_threshold(keys: jax.Array, z: jax.Array, keep: jax.Array, top_p: jax.Array) -> jax.Array:
+    """uint32 [R]: the key from which on the kept tokens have at least the share p of the kept probability.
+
+    Probabilities are rounded to multiples of about 2**-32 of their sum, which stays below 2**32. The sum they are
+    scaled by must not depend on the order of summation either, so it is taken of integers too, in two digits of 13
+    bits: exact sums for V < 2**19, and short of the true one by V * 2**-26 at most, which is added.
+    """
+    weights = jnp.where(keep, jnp.exp(z), 0.0)  # [R, V]
+    high = jnp.floor(weights * 2.0**13)
+    low = jnp.floor((weights * 2.0**13 - high) * 2.0**13)
+    add = lambda x: jnp.sum(x.astype(jnp.uint32), axis=-1).astype(jnp.float32)  # [R]
+    bound = add(high) * 2.0**-13 + (add(low) + keys.shape[1]) * 2.0**-26
+    # Half a unit a token may be added by rounding, and float32 rounds the bound: 2**23 units are left for both.
+    units = jnp.round(weights * ((2.0**32 - 2.0**23) / bound)[:, None]).astype(jnp.uint32)
+    mass = jnp.sum(units, axis=-1)  # uint32 [R]
+    # As float32 the mass may round up a little: all of it is always enough, else no threshold would do.
+    wanted = jnp.minimum((mass.astype(jnp.float32) * top_p).astype(jnp.uint32), mass)
+    is_enough = lambda t: jnp.sum(jnp.where(keys >= t[:, None], units, 0), axis=-1) >= jnp.maximum(wanted, 1)
+    return jnp.where(top_p < 1.0, _largest_threshold(is_enough, keys.shape[0]), 0)
+
+
+def _gumbel(seeds: jax.Array, counters: jax.Array, size: int) -> jax.Array:
+    """float32 [R, V] of the standard Gumbel distribution, a function of each row's seed and counter alone.
+
+    -log(-log1p(-u)), with u = (n + 1/2) / 2**32: large values come from small u, where float32 is finest. From
+    u near 1, where it is coarse, two of 152 000 likely tokens would tie once in a hundred draws.
+    """
+
+    def row(seed, counter):
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), counter)
+        return jax.random.bits(key, (size,), jnp.uint32)
+
+    u = (jax.vmap(row)(seeds, counters).astype(jnp.float32) + 0.5) * 2.0**-32
+    return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1.0 - 2.0**-24)))
+
+
+def _top_ids(logits: jax.Array, num: int) -> jax.Array:
+    """int32 [R, num]: ids of the largest logits, lower ids first among equals."""
+    if num > MAX_SCANNED_LOGPROBS:
+        return lax.top_k(logits, num)[1]
+    keys = _sort_keys(logits)
+    ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
+
+    def next_id(last, _):
+        key, index = last  # [R, 1] each; what comes after them in the order of (key down, id up)
+        is_after = (keys < key) | ((keys == key) & (ids > index))
+        index = jnp.argmax(jnp.where(is_after, keys, 0), axis=-1, keepdims=True).astype(jnp.int32)
+        return (jnp.take_along_axis(keys, index, axis=-1), index), index[:, 0]
+
+    rows = (logits.shape[0], 1)
+    start = (jnp.full(rows, 0xFFFFFFFF, jnp.uint32), jnp.full(rows, -1, jnp.int32))
+    return lax.scan(next_id, start, None, length=num)[1].T
