@@ -1,9 +1,16 @@
 """`ModelConfig`: the shape of a model, read from a checkpoint's `config.json`. Standard library only."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
+# What `from_hf` reads of a config.json.
+HF_FIELDS = frozenset(
+    """architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
+    head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
+    attention_bias hidden_act use_sliding_window quantization_config dtype torch_dtype eos_token_id bos_token_id
+    """.split()
+)
 # Kinds of rotary embedding in models/rope.py: needed keys, then those that may be there.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -151,10 +158,8 @@ def apply_overrides(
     Raises:
       ValueError: `hf_overrides` names a field that neither the file nor qjax knows.
     """
-    known = {f.name for f in fields(ModelConfig)} | set(hf_config)
-    known |= {"architectures", "rope_parameters", "eos_token_id", "use_sliding_window", "quantization_config"}
     for name in hf_overrides:
-        if name not in known:
+        if name not in HF_FIELDS and name not in hf_config:
             raise ValueError(f"hf_overrides: config.json has no field {name!r}.")
     rope_names = ("rope_scaling", "rope_parameters")
     merged = _merge(hf_config, {k: v for k, v in hf_overrides.items() if k not in rope_names})
