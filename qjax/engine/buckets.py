@@ -36,10 +36,10 @@ class Buckets:
             self.prefills = [max_num_prefills]
             self.pages = [max_pages]
         else:
-            self.decodes = _upto([1, 4], 16, max_num_seqs)
-            self.mixed_decodes = _upto([0, 4], 32, max_num_seqs)
-            self.tokens = _upto([16, 64, 256], 1024, max_num_batched_tokens)
-            self.prefills = _upto([1, 4], 16, max_num_prefills)
+            self.decodes = _upto([1], 8, max_num_seqs, factor=4)
+            self.mixed_decodes = sorted({0, max_num_seqs})
+            self.tokens = _upto([32], 256, max_num_batched_tokens, factor=4)
+            self.prefills = _upto([1], 8, max_num_prefills, factor=8)
             self.pages = _upto([16, 64], 256, max_pages, factor=4)
 
     def choose(self, num_decodes: int, num_tokens: int, num_prefills: int, num_pages: int) -> Bucket:

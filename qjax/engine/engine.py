@@ -66,7 +66,7 @@ class Engine:
         self.plan = loaded.plan
         self.default_sampling_params = loaded.generation_defaults
         self.eos_token_ids = loaded.eos_token_ids
-        self.runner = Runner(loaded.graphdef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
+        self.runner = Runner(loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
         self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             SchedulerConfig(

@@ -16,6 +16,7 @@ from qjax.checkpoint.safetensors import dummy_params, load_params
 from qjax.config import EngineConfig
 from qjax.engine.memory import Device, Plan, plan
 from qjax.models.config import ModelConfig, apply_overrides
+from qjax.models.qwen3 import ModelDef, abstract_model
 from qjax.sharding import make_mesh
 from qjax.text.tokenizer import Tokenizer
 
@@ -33,7 +34,7 @@ class Loaded:
     eos_token_ids: frozenset[int]
     plan: Plan
     mesh: jax.sharding.Mesh
-    graphdef: Any
+    modeldef: ModelDef
     leaves: tuple[jax.Array, ...]
 
 
@@ -70,11 +71,12 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
 
     on_phase("loading the weights")
     dtype = jnp.dtype(sizes.dtype)
+    modeldef, abstract = abstract_model(model_config, dtype, mesh)
     if config.load_format == "dummy":
-        graphdef, leaves = dummy_params(model_config, mesh, dtype, seed=config.seed)
+        leaves = dummy_params(abstract, modeldef, seed=config.seed)
     else:
-        graphdef, leaves = load_params(folder, model_config, mesh, dtype, progress=progress)
-    return Loaded(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, graphdef, tuple(leaves))
+        leaves = load_params(folder, model_config, mesh, dtype, progress=progress)
+    return Loaded(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves)
 
 
 def start_devices(config: EngineConfig) -> list[jax.Device]:

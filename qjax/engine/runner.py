@@ -21,9 +21,11 @@ from qjax.engine.buckets import Bucket, Buckets
 from qjax.engine.logit_edits import edits_of, has_edits
 from qjax.engine.memory import Plan
 from qjax.engine.request import Request
+from qjax.engine.sampler import split_seed
 from qjax.engine.scheduler import ScheduledBatch
 from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
 from qjax.models.config import ModelConfig
+from qjax.models.qwen3 import ModelDef
 
 log = logging.getLogger("qjax")
 
@@ -81,7 +83,7 @@ class CompileStats:
 class Runner:
     """Built by the engine once the weights are loaded."""
 
-    graphdef: object
+    modeldef: ModelDef
     leaves: tuple[jax.Array, ...]
     mesh: jax.sharding.Mesh
     model_config: ModelConfig
@@ -165,7 +167,7 @@ class Runner:
                 "top_p": p.top_p,
                 "min_p": p.min_p,
                 "top_k": p.top_k,
-                "seeds": (request.seed & 0xFFFFFFFF, request.seed >> 32 & 0xFFFFFFFF),
+                "seeds": split_seed(request.seed),
                 "repetition": p.repetition_penalty,
                 "presence": p.presence_penalty,
                 "frequency": p.frequency_penalty,
@@ -329,7 +331,7 @@ class Runner:
                 jax.ShapeDtypeStruct(shape, jnp.int16, sharding=self.replicated),
                 jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=self.replicated),
             )
-        run = jax.jit(partial(step, self.graphdef, bucket, options, self.plan.page_size), donate_argnums=(1, 2, 3))
+        run = jax.jit(partial(step, self.modeldef, bucket, options, self.plan.page_size), donate_argnums=(1, 2, 3))
         with jax.set_mesh(self.mesh):
             return run.lower(
                 tuple(map(abstract, self.leaves)),

@@ -107,12 +107,12 @@ class Layout:
 
 
 def step(
-    graphdef, bucket: Bucket, options: StepOptions, page_size: int, leaves, kv, state: DeviceState, counts, packed
+    modeldef, bucket: Bucket, options: StepOptions, page_size: int, leaves, kv, state: DeviceState, counts, packed
 ):
     """One step of the engine, traced once a bucket and option set.
 
     Args:
-      graphdef, leaves: the model, split (`qjax.models.qwen3.split`).
+      modeldef, leaves: the model, split (`qjax.models.qwen3.split`).
       kv: [L, 2, P, K, S, H], donated.
       state, counts: donated; `counts` is None without penalties.
       packed: int32 [Layout.size].
@@ -124,7 +124,7 @@ def step(
     """
     layout = Layout(bucket, options, page_size)
     meta = layout.unpack(packed)
-    model = merge(graphdef, leaves)
+    model = merge(modeldef, leaves)
     num_slots = state.last_tokens.shape[0] - 1
 
     updates = meta["table_updates"]
