@@ -60,7 +60,7 @@ def load_params(
     ) as bar:
 
         def load(rule: Leaf, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            array = _place(rule, leaf, tensors)
+            array = _place(rule, leaf, tensors).block_until_ready()  # the part's copy on the host is free again
             bar.update(sum(tensors[name].nbytes for name in rule.shapes))
             return array
 
@@ -70,11 +70,16 @@ def load_params(
 
 def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, seed: int = 0) -> tuple[jax.Array, ...]:
     """Random weights made on the devices: norms 1, biases 0, all else normal(0.02). The same on any mesh."""
-    key = jax.random.key(seed)
-    return tuple(
-        _random_leaf(leaf.shape, leaf.dtype, leaf.sharding, path.rsplit(".", 2)[-2:])(jax.random.fold_in(key, i))
-        for i, (leaf, path) in enumerate(zip(leaves, modeldef.paths, strict=True))
-    )
+    leaves = tuple(leaves)
+    key = jax.device_put(jax.random.key(seed), sharding.replicated(leaves[0].sharding.mesh))
+
+    def make(i: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if path.endswith((".bias", "norm.weight")):
+            fill = np.full(leaf.shape, 0 if path.endswith(".bias") else 1, leaf.dtype)
+            return jax.device_put(fill, leaf.sharding)
+        return _random_leaf(key, i, shape=leaf.shape, dtype=leaf.dtype, where=leaf.sharding)
+
+    return tuple(make(i, path, leaf) for i, (path, leaf) in enumerate(zip(modeldef.paths, leaves, strict=True)))
 
 
 def save_params(
@@ -191,15 +196,9 @@ def _place(rule: Leaf, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndar
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)
 
 
-def _random_leaf(shape: tuple[int, ...], dtype: Any, where: Any, names: list[str]) -> Any:
-    module, kind = names
-    if "norm" in module or kind == "bias":
-        fill = 0.0 if kind == "bias" else 1.0
-        return jax.jit(lambda key: jnp.full(shape, fill, dtype), out_shardings=where)
-    return partial(_normal, shape=shape, dtype=dtype, where=where)
-
-
-@partial(jax.jit, static_argnames=("shape", "dtype", "where"))
-def _normal(key: jax.Array, *, shape: tuple[int, ...], dtype: Any, where: Any) -> jax.Array:
-    values = jax.random.normal(key, shape, jnp.float32, out_sharding=where)
+@partial(jax.jit, static_argnames=("shape", "dtype", "where"))  # compiled once a shape, not once a leaf
+def _random_leaf(
+    key: jax.Array, index: int, *, shape: tuple[int, ...], dtype: Any, where: jax.NamedSharding
+) -> jax.Array:
+    values = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32, out_sharding=where)
     return (INIT_STDDEV * values).astype(dtype)

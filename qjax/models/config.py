@@ -5,12 +5,30 @@ from typing import Any
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
 # What `from_hf` reads of a config.json.
-HF_FIELDS = frozenset(
-    """architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads
-    head_dim max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters tie_word_embeddings
-    attention_bias hidden_act use_sliding_window quantization_config dtype torch_dtype eos_token_id bos_token_id
-    """.split()
-)
+HF_FIELDS = {
+    "architectures",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "attention_bias",
+    "hidden_act",
+    "use_sliding_window",
+    "quantization_config",
+    "dtype",
+    "torch_dtype",
+    "eos_token_id",
+    "bos_token_id",
+}
 # Kinds of rotary embedding in models/rope.py: needed keys, then those that may be there.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),

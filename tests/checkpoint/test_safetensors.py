@@ -1,0 +1,235 @@
+"""Loading: the right numbers in the right place, little memory, and a named reason for every broken folder."""
+
+import json
+import re
+import tracemalloc
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qjax import sharding
+from qjax.checkpoint import safetensors
+from qjax.checkpoint.safetensors import dummy_params, load_params, save_params
+from qjax.models.config import ModelConfig
+from qjax.models.qwen3 import abstract_model
+from tests.tiny import TINY, write_checkpoint
+
+ONE = sharding.make_mesh(1)
+Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
+
+
+def config_of(folder) -> ModelConfig:
+    return ModelConfig.from_hf(json.loads((folder / "config.json").read_text()))
+
+
+def load(folder, mesh=ONE, dtype="bfloat16", **config):
+    return load_params(folder, ModelConfig.from_hf(TINY | config), mesh, dtype, progress=False)
+
+
+def by_path(folder, mesh=ONE, dtype="float32") -> dict[str, jax.Array]:
+    modeldef, _ = abstract_model(config_of(folder), dtype, mesh)
+    leaves = load_params(folder, config_of(folder), mesh, dtype, progress=False)
+    return dict(zip(modeldef.paths, leaves, strict=True))
+
+
+def test_fused_weights_hold_each_kv_head_with_its_queries(tmp_path):
+    tensors = write_checkpoint(tmp_path, dtype=np.float32)
+    leaves = by_path(tmp_path)
+    attention = "layers.1.self_attn"
+    x = np.random.default_rng(1).standard_normal((3, 64), np.float32)
+    qkv = np.einsum("TD,DKGH->TKGH", x, leaves[f"{attention}.qkv_proj.kernel"])
+    heads = {name: x @ tensors[f"model.{attention}.{name}_proj.weight"].T for name in "qkv"}
+    np.testing.assert_allclose(qkv[:, :, :4].reshape(3, -1), heads["q"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(qkv[:, :, 4].reshape(3, -1), heads["k"], rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(qkv[:, :, 5].reshape(3, -1), heads["v"], rtol=1e-4, atol=1e-4)
+    o_proj = np.asarray(leaves[f"{attention}.o_proj.kernel"]).reshape(-1, 64)
+    np.testing.assert_array_equal(o_proj, tensors[f"model.{attention}.o_proj.weight"].T)
+    gate_up = np.asarray(leaves["layers.1.mlp.gate_up_proj.kernel"])
+    np.testing.assert_array_equal(gate_up[:, 0], tensors["model.layers.1.mlp.gate_proj.weight"].T)
+    np.testing.assert_array_equal(gate_up[:, 1], tensors["model.layers.1.mlp.up_proj.weight"].T)
+
+
+VARIANTS = [
+    {},
+    {"tie_word_embeddings": True},
+    {"attention_bias": True},
+    {"architectures": ["Qwen2ForCausalLM"]},
+    {"num_key_value_heads": 8},
+    {"num_key_value_heads": 1},
+]
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+@pytest.mark.parametrize("config", VARIANTS, ids=str)
+def test_what_is_loaded_and_saved_is_what_was_written(tmp_path, config, tp):
+    tensors = write_checkpoint(tmp_path / "in", num_files=3, **config)
+    mesh = sharding.make_mesh(tp)
+    leaves = load(tmp_path / "in", mesh, **config)
+    (tmp_path / "out").mkdir()
+    save_params(leaves, config_of(tmp_path / "in"), tmp_path / "out", mesh)
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert saved.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(saved[name].view(np.uint16), tensor.view(np.uint16), err_msg=name)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_a_device_holds_its_part_of_each_split_weight(tmp_path, tp):
+    write_checkpoint(tmp_path)
+    whole, split = by_path(tmp_path), by_path(tmp_path, sharding.make_mesh(tp))
+    for path, leaf in split.items():
+        is_norm = "norm" in path
+        assert leaf.addressable_shards[0].data.size == leaf.size // (1 if is_norm else tp), path
+        if tp == 2:  # as many KV heads: the same leaves
+            np.testing.assert_array_equal(leaf, whole[path], err_msg=path)
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_are_rounded_to_the_asked_dtype(tmp_path, stored, dtype):
+    tensors = write_checkpoint(tmp_path, dtype=stored)
+    leaves = by_path(tmp_path, dtype=dtype)
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(dtype)}
+    np.testing.assert_array_equal(
+        leaves["embed_tokens.weight"], tensors["model.embed_tokens.weight"].astype(np.dtype(dtype))
+    )
+
+
+def test_tensors_of_mixed_dtypes_in_one_fused_weight(tmp_path):
+    tensors = write_checkpoint(tmp_path, dtype=np.float32)
+    tensors[Q_PROJ] = tensors[Q_PROJ].astype(ml_dtypes.bfloat16)
+    save_file(tensors, tmp_path / "model.safetensors")
+    kernel = np.asarray(by_path(tmp_path)["layers.1.self_attn.qkv_proj.kernel"])
+    q = kernel[:, :, :-2].reshape(64, -1).T
+    np.testing.assert_array_equal(q, tensors[Q_PROJ].astype(np.float32))
+
+
+def test_extra_tensors_that_are_known_to_be_unused_are_skipped(tmp_path):
+    tensors = write_checkpoint(tmp_path, tie_word_embeddings=True)
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"],
+        "model.rotary_emb.inv_freq": np.ones(8, np.float32),
+    }
+    save_file(tensors | extra, tmp_path / "model.safetensors")
+    assert len(load(tmp_path, tie_word_embeddings=True)) == 18
+
+
+def test_the_host_never_holds_more_than_a_few_parts(tmp_path, monkeypatch):
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 32}
+    tensors = write_checkpoint(tmp_path, num_files=2, **shape)
+    model_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    del tensors
+    largest = 0
+
+    def place(shape, where, read):  # as a GPU does, whose arrays do not lie in the host's memory
+        nonlocal largest
+        for index in where.addressable_devices_indices_map(shape).values():
+            largest = max(largest, read(index).nbytes)
+
+    monkeypatch.setattr(jax, "make_array_from_callback", place)
+    tracemalloc.start()
+    try:
+        load(tmp_path, **shape)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert largest == 2 * 256 * 1024 * 2  # gate_up_proj of one layer, in bfloat16
+    assert peak < (safetensors.NUM_READERS + 4) * largest < model_bytes / 4
+
+
+def broken(tmp_path, change) -> str:
+    """The message with which a folder of two files is refused after `change(folder, files)`."""
+    write_checkpoint(tmp_path, num_files=2)
+    change(tmp_path, sorted(tmp_path.glob("*.safetensors")))
+    with pytest.raises(ValueError) as error:
+        load(tmp_path)
+    return str(error.value)
+
+
+def rewrite(file, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    message = broken(tmp_path, lambda folder, files: files[1].unlink())
+    assert "model-00002-of-00002.safetensors is missing" in message
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -1])
+def test_a_truncated_file_is_named(tmp_path, keep):
+    message = broken(tmp_path, lambda folder, files: files[0].write_bytes(files[0].read_bytes()[:keep]))
+    assert "model-00001-of-00002.safetensors: truncated" in message
+
+
+def test_a_header_that_is_none_is_named(tmp_path):
+    message = broken(tmp_path, lambda folder, files: files[0].write_bytes(b"\x04" + bytes(7) + b"oops" + bytes(90)))
+    assert "model-00001-of-00002.safetensors: the header is not JSON" in message
+    message = broken(tmp_path, lambda folder, files: files[0].write_bytes(b"<!DOCTYPE html><html>" * 9))
+    assert "model-00001-of-00002.safetensors" in message
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    change = lambda folder, files: rewrite(files[1], lambda tensors: tensors.pop(Q_PROJ))
+    assert f"tensor {Q_PROJ} is missing" in broken(tmp_path, change)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    write_checkpoint(tmp_path)
+    rewrite(tmp_path / "model.safetensors", lambda tensors: tensors.pop(Q_PROJ))
+    with pytest.raises(ValueError, match=re.escape(f"tensor {Q_PROJ} [128, 64] is missing")):
+        load(tmp_path)
+
+
+def test_an_extra_tensor_is_named(tmp_path):
+    add = lambda tensors: tensors.update({"model.layers.9.mlp.gate_proj.weight": np.ones(3, np.float32)})
+    message = broken(tmp_path, lambda folder, files: rewrite(files[0], add))
+    assert "model.layers.9.mlp.gate_proj.weight" in message and "Qwen3ForCausalLM" in message
+
+
+def test_a_misshapen_tensor_is_named_with_both_shapes(tmp_path):
+    change = lambda tensors: tensors.update({Q_PROJ: np.ones((64, 64), np.float32)})
+    message = broken(tmp_path, lambda folder, files: rewrite(files[1], change))
+    assert f"tensor {Q_PROJ} has shape [64, 64], expected [128, 64]" in message
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path):
+    change = lambda tensors: tensors.update({Q_PROJ: np.ones((128, 64), np.int8)})
+    message = broken(tmp_path, lambda folder, files: rewrite(files[1], change))
+    assert f"tensor {Q_PROJ} has dtype I8, expected one of BF16, F16, F32" in message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.pt", "model-q4.gguf"])
+def test_a_folder_without_safetensors_says_what_it_has_instead(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=rf"neither model\.safetensors nor .* is there\. It has {name}"):
+        load(tmp_path)
+
+
+def test_nothing_reaches_a_device_before_all_is_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "make_array_from_callback", lambda *args: pytest.fail("device memory was filled"))
+    # The last tensor of the last file.
+    broken(tmp_path, lambda folder, files: rewrite(files[1], lambda tensors: tensors.popitem()))
+
+
+def test_dummy_weights_are_random_seeded_and_the_same_on_any_mesh():
+    config = ModelConfig.from_hf(TINY | {"attention_bias": True, "tie_word_embeddings": True})
+
+    def make(tp, seed):
+        modeldef, leaves = abstract_model(config, "float32", sharding.make_mesh(tp))
+        made = dummy_params(leaves, modeldef, seed)
+        assert [(x.shape, x.dtype, x.sharding) for x in made] == [(x.shape, x.dtype, x.sharding) for x in leaves]
+        return dict(zip(modeldef.paths, made, strict=True))
+
+    one, two, other = make(1, 0), make(2, 0), make(1, 1)
+    for path, leaf in one.items():
+        np.testing.assert_array_equal(leaf, two[path], err_msg=path)
+        if "norm" in path or path.endswith("bias"):
+            assert np.unique(leaf).tolist() == [0.0 if path.endswith("bias") else 1.0]
+        else:
+            assert np.std(leaf) == pytest.approx(0.02, rel=0.05)
+            assert not np.array_equal(leaf, other[path])
+    kernels = [np.asarray(leaf) for path, leaf in one.items() if path.endswith("qkv_proj.kernel")]
+    assert not np.array_equal(*kernels)
