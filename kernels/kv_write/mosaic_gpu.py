@@ -1,5 +1,7 @@
 """The KV write on Hopper: one block a token moves its rows through shared memory into the pages with TMA."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,15 +9,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
+@functools.partial(jax.jit, static_argnames=("interpret",))  # one trace and one kernel for all layers
 def kv_write_mosaic(
-    kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, layer: int, interpret: bool
+    kv: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array, *, layer: jax.Array | int, interpret: bool
 ) -> jax.Array:
     L, _, P, K, S, H = kv.shape
     T = slots.shape[0]
     if H * kv.dtype.itemsize % 16:
         raise NotImplementedError(f"TMA moves rows of a multiple of 16 bytes, not {H} x {kv.dtype}")
 
-    def kv_write_kernel(k_ref, v_ref, slots_ref, kv_ref, k_smem, v_smem, barrier):
+    def kv_write_kernel(layer_ref, k_ref, v_ref, slots_ref, kv_ref, k_smem, v_smem, barrier):
         token = lax.axis_index("token")
         slot = slots_ref[token]
 
@@ -25,8 +28,9 @@ def kv_write_mosaic(
             plgpu.copy_gmem_to_smem(v_ref.at[token], v_smem, barrier)
             plgpu.barrier_wait(barrier)
             page, offset = lax.div(slot, jnp.int32(S)), lax.rem(slot, jnp.int32(S))
-            plgpu.copy_smem_to_gmem(k_smem, kv_ref.at[2 * layer * P + page, :, offset])
-            plgpu.copy_smem_to_gmem(v_smem, kv_ref.at[(2 * layer + 1) * P + page, :, offset])
+            k_page = 2 * layer_ref[0] * P + page
+            plgpu.copy_smem_to_gmem(k_smem, kv_ref.at[k_page, :, offset])
+            plgpu.copy_smem_to_gmem(v_smem, kv_ref.at[k_page + P, :, offset])
             plgpu.wait_smem_to_gmem(0)
 
     # A Ref that the kernel writes is aliased to the result, which is what makes the write happen in place. TMA knows
@@ -40,5 +44,5 @@ def kv_write_mosaic(
         grid=(T,),
         grid_names=("token",),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(k.astype(kv.dtype), v.astype(kv.dtype), slots, kv_ref)
+    )(jnp.full((1,), layer, jnp.int32), k.astype(kv.dtype), v.astype(kv.dtype), slots, kv_ref)
     return jax.freeze(kv_ref).reshape(kv.shape)

@@ -5,12 +5,13 @@ the page table. In each block one warpgroup fetches pages with TMA and one compu
 its own length alone, so a row's result does not depend on the batch it is in, bit for bit.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
 from qjax.kernels.paged_attention.mosaic_common import (
     LOG2E,
     MASKED,
@@ -36,13 +37,14 @@ MAX_SPLITS = 64
 JOIN_UNROLL = 4  # splits whose loads the joining kernel has in flight together
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))  # one trace and one kernel for all layers
 def paged_decode_mosaic(
     q: jax.Array,
     kv: jax.Array,
     page_table: jax.Array,
     context_lens: jax.Array,
     *,
-    layer: int,
+    layer: jax.Array | int,
     scale: float,
     interpret: bool,
 ) -> jax.Array:
@@ -53,7 +55,9 @@ def paged_decode_mosaic(
     first_item, num_splits, items = split_items(context_lens, page_table.shape[1] * S, K)
     # Queries arrive in boxes of whole 8-row tiles. XLA fuses the padding into whatever computed them.
     q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, -G % 8), (0, 0)))
-    partial, lse = _splits(q, kv, page_table, items, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret)
+    partial, lse = _splits(
+        q, kv, page_table, items, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret
+    )
     return _join(partial, lse, first_item, num_splits, G=G, dtype=q.dtype, interpret=interpret).reshape(B, N, H)
 
 
@@ -101,7 +105,7 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
     num_blocks = min(NUM_SMS, num_items * K)
     dtype = q.dtype
 
-    def paged_decode_splits_kernel(q_ref, pages_ref, table_ref, items_ref, out_ref, lse_ref,
+    def paged_decode_splits_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, out_ref, lse_ref,
              q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_empty, k_full, v_full, kv_empty):  # fmt: skip
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
@@ -175,17 +179,15 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
                 del item, length
                 q_slot = lax.rem(turn, jnp.int32(2))
                 plgpu.barrier_wait(q_empty.at[q_slot])
-                plgpu.copy_gmem_to_smem(
-                    q_ref.at[seq, head], q_smem.at[q_slot, pl.ds(0, G_padded)], q_full.at[q_slot]
-                )
+                plgpu.copy_gmem_to_smem(q_ref.at[seq, head], q_smem.at[q_slot, pl.ds(0, G_padded)], q_full.at[q_slot])
 
                 def step(i, _):
                     slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
                     slices = page_slices(table_ref, seq, first + i, TILE, S)
                     plgpu.barrier_wait(kv_empty.at[slot])
-                    where = dict(num_pages=P, head=head, num_heads=K)
-                    load_tile(pages_ref, k_smem.at[slot], k_full.at[slot], slices, plane=2 * layer, **where)
-                    load_tile(pages_ref, v_smem.at[slot], v_full.at[slot], slices, plane=2 * layer + 1, **where)
+                    where = {"num_pages": P, "head": head, "num_heads": K}
+                    load_tile(pages_ref, k_smem.at[slot], k_full.at[slot], slices, plane=2 * layer_ref[0], **where)
+                    load_tile(pages_ref, v_smem.at[slot], v_full.at[slot], slices, plane=2 * layer_ref[0] + 1, **where)
 
                 lax.fori_loop(0, count, step, None)
 
@@ -222,7 +224,7 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(q, flat_pages(kv), page_table, items)
+    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items)
 
 
 def _join(partial, lse, first_item, num_splits, *, G, dtype, interpret) -> jax.Array:

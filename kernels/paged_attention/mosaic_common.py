@@ -21,7 +21,8 @@ def check_supported(q: jax.Array, kv: jax.Array, max_group: int) -> None:
     K, S = kv.shape[3:5]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the kernel computes in bfloat16 or float16, not {q.dtype}")
-    if H not in (64, 128) or S not in (16, 32, 64, 128) or N // K > max_group:
+    is_group_too_large = max_group < N // K
+    if H not in (64, 128) or S not in (16, 32, 64, 128) or is_group_too_large:
         raise NotImplementedError(f"head_dim {H}, page size {S}, {N} query heads for {K} KV heads")
 
 
@@ -43,7 +44,7 @@ def page_slices(table_ref, seq, tile, tile_tokens: int, page_size: int):
     return [(j * page_size, table_ref[seq, entry], pl.ds(0, page_size)) for j, entry in enumerate(entries)]
 
 
-def load_tile(pages_ref, smem, barrier, slices, *, plane: int, num_pages: int, head, num_heads: int) -> None:
+def load_tile(pages_ref, smem, barrier, slices, *, plane, num_pages: int, head, num_heads: int) -> None:
     """Starts the copies of one tile of keys or values; `plane` = 2 * layer + (0 for keys, 1 for values)."""
     for row, page, rows in slices:
         index = (plane * num_pages + page) * num_heads + head
@@ -56,9 +57,11 @@ def num_copies(tile_tokens: int, page_size: int) -> int:
 
 def zero_rows_from(v_smem, num_valid) -> None:
     """Slots that hold no token may hold NaN, and 0 * NaN in the product would spoil the sum."""
-    rows = plgpu.broadcasted_iota(jnp.int32, v_smem.shape, 0, layout=MATRIX)
-    values = plgpu.load(v_smem, layout=MATRIX)
-    v_smem[...] = jnp.where(rows < num_valid, values, jnp.zeros_like(values))
+    for column in range(0, v_smem.shape[1], 64):  # in parts, for the registers' sake
+        part = v_smem.at[:, pl.ds(column, 64)]
+        values = plgpu.load(part, layout=MATRIX)
+        rows = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=MATRIX)
+        part[...] = jnp.where(rows < num_valid, values, jnp.zeros_like(values))
     plgpu.commit_smem()
 
 

@@ -15,8 +15,15 @@ MASKED = -1e30  # finite, so that a row that sees nothing yields 0 and not NaN
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # no tf32 on GPUs
 
 
+@jax.jit
 def paged_decode_ref(
-    q: jax.Array, kv: jax.Array, page_table: jax.Array, context_lens: jax.Array, *, layer: int, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    context_lens: jax.Array,
+    *,
+    layer: jax.Array | int,
+    scale: jax.Array | float,
 ) -> jax.Array:
     B, N, H = q.shape
     K = kv.shape[3]
@@ -25,6 +32,7 @@ def paged_decode_ref(
     return out.reshape(B, N, H)
 
 
+@functools.partial(jax.jit, static_argnames=("tile",))
 def paged_prefill_ref(
     q: jax.Array,
     kv: jax.Array,
@@ -32,8 +40,8 @@ def paged_prefill_ref(
     context_lens: jax.Array,
     query_starts: jax.Array,
     *,
-    layer: int,
-    scale: float,
+    layer: jax.Array | int,
+    scale: jax.Array | float,
     tile: int | None = None,
 ) -> jax.Array:
     """`tile`: query rows handled at once; a tile's rows belong to one sequence."""
@@ -62,7 +70,13 @@ def paged_prefill_ref(
 
 
 def _attend(
-    q: jax.Array, kv: jax.Array, page_table: jax.Array, last: jax.Array, *, layer: int, scale: float
+    q: jax.Array,
+    kv: jax.Array,
+    page_table: jax.Array,
+    last: jax.Array,
+    *,
+    layer: jax.Array | int,
+    scale: jax.Array | float,
 ) -> jax.Array:
     """Rows of queries against the pages of their sequence: q [B, K, R, H] -> [B, K, R, H].
 
