@@ -1,20 +1,38 @@
 """Every option a user can set, once: CLI flags, the README's option table and `LLM`'s keywords come from here.
 
-A field's name with dashes is its flag (`max_model_len` → `--max-model-len`). Standard library only.
+A field's name with dashes is its flag (`max_model_len` → `--max-model-len`), and in capitals its environment variable
+(`QJAX_MAX_MODEL_LEN`), which the command line reads where the flag is not given. Standard library only.
 """
 
 import json
+import os
 import re
+import types
+from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 
-def option(default: Any, help: str, *, group: str, metavar: str | None = None, parse: Any = None) -> Any:
-    """A dataclass field with what the command line and the documentation need to know of it."""
+def option(
+    default: Any,
+    help: str,
+    *,
+    group: str,
+    metavar: str | None = None,
+    parse: Callable[[Any], Any] | None = None,
+    secret: bool = False,
+) -> Any:
+    """A dataclass field with what the command line and the documentation need to know of it.
+
+    Args:
+      help: ends in `[what happens]` where the default itself does not say it.
+      parse: makes the value of what the command line or `LLM` was given; raises ValueError.
+      secret: left out of `repr`, so that no log shows it.
+    """
     metadata = {"help": help, "group": group, "metavar": metavar, "parse": parse}
     if isinstance(default, dict | list):
-        return field(default_factory=lambda: default.copy(), metadata=metadata)
-    return field(default=default, metadata=metadata)
+        return field(default_factory=lambda: default.copy(), metadata=metadata, repr=not secret)
+    return field(default=default, metadata=metadata, repr=not secret)
 
 
 def parse_length(text: str | int) -> int | Literal["auto"]:
@@ -23,7 +41,7 @@ def parse_length(text: str | int) -> int | Literal["auto"]:
         return "auto"
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(text).strip())
     unit = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
-    length = int(float(match[1]) * unit[match[2]]) if match else 0
+    length = round(float(match[1]) * unit[match[2]]) if match and (match[2] or "." not in match[1]) else 0
     if length < 1:
         raise ValueError(f"max_model_len must be a number of tokens such as 4096, 32k or 'auto', got {text!r}.")
     return length
@@ -43,7 +61,7 @@ def parse_json(text: str | dict[str, Any]) -> dict[str, Any]:
         return text
     try:
         value = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, TypeError) as error:
         raise ValueError(f"expected a JSON object, got {text!r}: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {text!r}.")
@@ -59,22 +77,28 @@ class EngineConfig:
     """
 
     model: str = option("", "Local folder, or name on the Hugging Face hub", group="Model", metavar="MODEL")
-    tokenizer: str | None = option(None, "Folder or hub name of the tokenizer [the model's]", group="Model")
-    revision: str | None = option(None, "Branch, tag or commit on the hub", group="Model")
-    hf_token: str | None = option(None, "Token for gated models [HF_TOKEN, or the stored login]", group="Model")
-    download_dir: str | None = option(None, "Where downloads are kept [the hub's cache]", group="Model")
+    tokenizer: str | None = option(
+        None, "Folder or hub name of the tokenizer [the model's]", group="Model", metavar="NAME"
+    )
+    revision: str | None = option(None, "Branch, tag or commit on the hub", group="Model", metavar="NAME")
+    hf_token: str | None = option(
+        None, "Token for gated models [HF_TOKEN, or the stored login]", group="Model", metavar="TOKEN", secret=True
+    )
+    download_dir: str | None = option(
+        None, "Where downloads are kept [the hub's cache]", group="Model", metavar="FOLDER"
+    )
     load_format: Literal["auto", "dummy"] = option(
         "auto", "auto: safetensors; dummy: random weights from config.json alone", group="Model"
     )
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "Weights, activations and KV; auto: bfloat16 on a GPU, float32 on a CPU", group="Model"
     )
-    seed: int = option(0, "Seed of requests that bring none, and of dummy weights", group="Model")
+    seed: int = option(0, "Seed of requests that bring none, and of dummy weights", group="Model", metavar="NUMBER")
     hf_overrides: dict[str, Any] = option(
         {}, "JSON object of fields that replace those of config.json", group="Model", metavar="JSON", parse=parse_json
     )
     generation_config: str = option(
-        "auto", "Folder with default sampling values; auto: the model's; vllm: none", group="Model"
+        "auto", "Folder with default sampling values; auto: the model's; vllm: none", group="Model", metavar="FOLDER"
     )
     override_generation_config: dict[str, Any] = option(
         {}, "JSON object of default sampling values", group="Model", metavar="JSON", parse=parse_json
@@ -95,7 +119,9 @@ class EngineConfig:
         parse=parse_json,
     )
 
-    gpu_memory_utilization: float = option(0.92, "Share of the GPU's memory that qjax takes", group="Memory")
+    gpu_memory_utilization: float = option(
+        0.92, "Share of the GPU's memory that qjax takes", group="Memory", metavar="SHARE"
+    )
     kv_cache_memory_bytes: int | None = option(
         None,
         "Size of the KV cache (4GiB) [rest of the share; on a CPU 2GiB]",
@@ -103,11 +129,15 @@ class EngineConfig:
         parse=parse_bytes,
         metavar="BYTES",
     )
-    block_size: int | None = option(None, "Tokens in a KV page: 16, 32, 64 or 128 [GPU 64, CPU 16]", group="Memory")
+    block_size: int | None = option(
+        None, "Tokens in a KV page: 16, 32, 64 or 128 [GPU 64, CPU 16]", group="Memory", metavar="TOKENS"
+    )
     enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts for later ones", group="Memory")
 
     max_num_seqs: int | None = option(None, "Requests that run at a time [GPU 256, CPU 32]", group="Scheduler")
-    max_num_batched_tokens: int | None = option(None, "Tokens in one step [GPU 8192, CPU 1024]", group="Scheduler")
+    max_num_batched_tokens: int | None = option(
+        None, "Tokens in one step [GPU 8192, CPU 1024]", group="Scheduler", metavar="TOKENS"
+    )
     scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs", "Order of waiting requests: first come, or lowest priority value", group="Scheduler"
     )
@@ -116,7 +146,7 @@ class EngineConfig:
     tensor_parallel_size: int = option(1, "Devices that share the model", group="Devices")
     enforce_eager: bool = option(False, "Compile nothing ahead: start sooner, compile at first use", group="Devices")
     compilation_cache_dir: str | None = option(
-        None, "Folder of compiled code [~/.cache/qjax/xla, or QJAX_CACHE_DIR]", group="Devices"
+        None, "Folder of compiled code [~/.cache/qjax/xla, or QJAX_CACHE_DIR]", group="Devices", metavar="FOLDER"
     )
 
     def __post_init__(self) -> None:
@@ -140,19 +170,23 @@ class EngineConfig:
 class ServerConfig:
     """How the HTTP server listens and answers."""
 
-    host: str = option("0.0.0.0", "Address to listen on", group="Server")
-    port: int = option(8000, "Port to listen on; 0: any free one", group="Server")
+    host: str = option("0.0.0.0", "Address to listen on", group="Server", metavar="ADDRESS")
+    port: int = option(8000, "Port to listen on; 0: any free one", group="Server", metavar="PORT")
     served_model_name: list[str] = option(
         [], "Names that requests may use for the model; the first is returned [MODEL]", group="Server", metavar="NAME"
     )
     api_key: list[str] = option(
-        [], "Keys, one of which each request must bring [QJAX_API_KEY]", group="Server", metavar="KEY"
+        [], "Keys, one of which each request must bring [no key needed]", group="Server", metavar="KEY", secret=True
     )
-    chat_template: str | None = option(None, "File of a chat template [the tokenizer's]", group="Server")
+    chat_template: str | None = option(
+        None, "File of a chat template [the tokenizer's]", group="Server", metavar="FILE"
+    )
     default_chat_template_kwargs: dict[str, Any] = option(
         {}, 'JSON object, such as {"enable_thinking": false}', group="Server", metavar="JSON", parse=parse_json
     )
-    shutdown_timeout: float = option(30.0, "Seconds that running requests get after SIGTERM", group="Server")
+    shutdown_timeout: float = option(
+        30.0, "Seconds that running requests get after SIGTERM", group="Server", metavar="SECONDS"
+    )
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -163,19 +197,69 @@ class ServerConfig:
             raise ValueError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}.")
 
 
-def _coerce(config: Any, f: Field) -> None:
-    """Runs a field's parser and checks its choices, so that `LLM(...)` and the command line take the same values."""
-    value = getattr(config, f.name)
-    parse = f.metadata["parse"]
-    if parse is not None and value is not None:
-        try:
-            object.__setattr__(config, f.name, parse(value))
-        except ValueError as error:
-            raise ValueError(f"{f.name}: {error}") from None
-    choices = get_args(f.type) if get_origin(f.type) is Literal else ()
-    if choices and value not in choices:
-        raise ValueError(f"{f.name} must be one of {', '.join(choices)}, got {value!r}.")
+@dataclass(frozen=True)
+class Kind:
+    """What a field's annotation says: its values are of `base`, or one of `choices`, or None if optional."""
+
+    base: type
+    choices: tuple[str, ...] = ()
+    is_optional: bool = False
+
+
+def kind_of(f: Field) -> Kind:
+    parts = get_args(f.type) if get_origin(f.type) in (Union, types.UnionType) else (f.type,)
+    choices = tuple(c for part in parts if get_origin(part) is Literal for c in get_args(part))
+    bases = [get_origin(p) or p for p in parts if get_origin(p) is not Literal and p is not types.NoneType]
+    return Kind(bases[0] if bases else str, choices, types.NoneType in parts)
 
 
 def default_of(f: Field) -> Any:
-    return f.default if f.default is not MISSING else f.default_factory()  # type: ignore[misc]
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def flag_of(f: Field) -> str:
+    return "--" + f.name.replace("_", "-")
+
+
+def environment_name_of(f: Field) -> str:
+    return "QJAX_" + f.name.upper()
+
+
+def describe(f: Field) -> tuple[str, str]:
+    """A field's help without its default, and its default in words."""
+    match = re.fullmatch(r"(.*) \[(.*)\]", f.metadata["help"])
+    if match:
+        return match[1], match[2]
+    default = default_of(f)
+    if isinstance(default, bool):
+        return f.metadata["help"], "on" if default else "off"
+    return f.metadata["help"], "none" if default in (None, "", [], {}) else str(default)
+
+
+def _coerce(config: Any, f: Field) -> None:
+    """Parses and checks a field, so that `LLM(...)` and the command line take the same values.
+
+    Raises:
+      ValueError: the value is of another type, or not one of the choices; the message names the field.
+    """
+    kind, parse, value = kind_of(f), f.metadata["parse"], getattr(config, f.name)
+    if value is None and kind.base in (dict, list):
+        value = default_of(f)  # None for "nothing" is common in Python callers
+    if isinstance(value, os.PathLike) and kind.base is str:
+        value = os.fspath(value)
+    if isinstance(value, str) and kind.base is list:
+        value = [value]
+    if isinstance(value, int) and not isinstance(value, bool) and kind.base is float:
+        value = float(value)
+    if parse is not None and value is not None:
+        try:
+            value = parse(value)
+        except ValueError as error:
+            raise ValueError(f"{f.name}: {error}") from None
+    object.__setattr__(config, f.name, value)
+    if (value is None and kind.is_optional) or (isinstance(value, str) and value in kind.choices):
+        return
+    if kind.choices and kind.base is str:
+        raise ValueError(f"{f.name} must be one of {', '.join(kind.choices)}, got {value!r}.")
+    if not isinstance(value, kind.base) or (isinstance(value, bool) and kind.base is not bool):
+        raise ValueError(f"{f.name} must be of type {kind.base.__name__}, got {value!r}.")
