@@ -5,6 +5,7 @@ import re
 import tracemalloc
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -128,6 +129,7 @@ def test_the_host_never_holds_more_than_a_few_parts(tmp_path, monkeypatch):
         nonlocal largest
         for index in where.addressable_devices_indices_map(shape).values():
             largest = max(largest, read(index).nbytes)
+        return jnp.zeros(())
 
     monkeypatch.setattr(jax, "make_array_from_callback", place)
     tracemalloc.start()
