@@ -31,13 +31,20 @@ def tiny_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny_qwen3")
     write_small_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(TINY))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [488, 486], "temperature": 0.6, "top_p": 0.95, "top_k": 20}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [488, 486], "temperature": 0.6, "top_p": 0.95, "top_k": 20})
+    )
     return folder
 
 
 def make_llm(folder, **options):
     """An engine on the tiny model; the weights depend on `seed` (0) alone."""
-    defaults = {"load_format": "dummy", "kv_cache_memory_bytes": "4MiB", "max_num_seqs": 16, "max_num_batched_tokens": 64}
+    defaults = {
+        "load_format": "dummy",
+        "kv_cache_memory_bytes": "4MiB",
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 64,
+    }
     return LLM(str(folder), **(defaults | options))
 
 

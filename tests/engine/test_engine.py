@@ -87,9 +87,9 @@ def test_logprobs_agree_with_prompt_logprobs(llm):
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=12, logprobs=3, ignore_eos=True)
     answer = llm.generate(PROMPTS[0], params, use_tqdm=False)[0]
     prompt, output = answer.prompt_token_ids, answer.outputs[0].token_ids
-    scored = llm.generate(
-        [prompt + output], SamplingParams(max_tokens=1, prompt_logprobs=3), use_tqdm=False
-    )[0].prompt_logprobs
+    scored = llm.generate([prompt + output], SamplingParams(max_tokens=1, prompt_logprobs=3), use_tqdm=False)[
+        0
+    ].prompt_logprobs
     assert scored[0] is None and len(scored) == len(prompt + output)
     for token, sampled, again in zip(output, answer.outputs[0].logprobs, scored[len(prompt) :], strict=True):
         assert next(iter(sampled)) == token == next(iter(again))
