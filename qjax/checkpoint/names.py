@@ -61,6 +61,15 @@ def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
         out[:, row : row + 16] = matrix[row : row + 16].T
 
 
+def contiguous(tensor: np.ndarray) -> np.ndarray:
+    """A tensor that `Leaf.write` gave, which may be a transposed view, as C-ordered memory."""
+    if tensor.flags.c_contiguous or tensor.ndim != 2:
+        return np.ascontiguousarray(tensor)
+    out = np.empty(tensor.shape, tensor.dtype)
+    _transpose_into(out, tensor.T)
+    return out
+
+
 def _plain(name: str, shape: tuple[int, ...]) -> Leaf:
     return Leaf({name: shape}, 0, lambda t, start, stop: t[name][start:stop], lambda leaf: {name: leaf})
 

@@ -19,7 +19,7 @@ import numpy as np
 from tqdm import tqdm
 
 from qjax import sharding
-from qjax.checkpoint.names import Leaf, leaf_of
+from qjax.checkpoint.names import Leaf, contiguous, leaf_of
 from qjax.models.config import ModelConfig
 from qjax.models.layers import INIT_STDDEV
 from qjax.models.qwen3 import ModelDef, abstract_model
@@ -103,7 +103,7 @@ def save_params(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for rule, leaf in zip(rules, leaves, strict=True):
             for tensor in rule.write(np.asarray(leaf)).values():
-                file.write(np.ascontiguousarray(tensor).view(np.uint8).data)
+                file.write(contiguous(tensor.view(f"u{tensor.itemsize}")).data)
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:

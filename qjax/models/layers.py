@@ -3,6 +3,8 @@
 Modules hold weights and static sizes only, never a mesh; they are built and called under `jax.set_mesh`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -21,6 +23,12 @@ def parameter(
     else:
         value = (INIT_STDDEV * jax.random.normal(rngs.params(), shape)).astype(dtype)
     return nnx.Param(value, out_sharding=axes, sharding_rules=sharding.RULES)
+
+
+def matmul(einsum: str, x: jax.Array, kernel: jax.Array, **kwargs: Any) -> jax.Array:
+    """x times kernel as the einsum says, in float32; no tf32 where the weights are float32."""
+    precision = jax.lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else None
+    return jnp.einsum(einsum, x, kernel, precision=precision, preferred_element_type=jnp.float32, **kwargs)
 
 
 class Linear(nnx.Module):
@@ -48,9 +56,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         # A kernel split on a contracted axis leaves partial sums: out_sharding asks for the all-reduce.
         out_sharding = sharding.spec_like(x, *self.out_axes)
-        y = jnp.einsum(
-            self.einsum, x, self.kernel[...], preferred_element_type=jnp.float32, out_sharding=out_sharding
-        ).astype(x.dtype)
+        y = matmul(self.einsum, x, self.kernel[...], out_sharding=out_sharding).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...]
 
 

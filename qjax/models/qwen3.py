@@ -14,7 +14,7 @@ from flax import nnx
 
 from qjax import sharding
 from qjax.models.config import ModelConfig
-from qjax.models.layers import Embedding, Linear, RMSNorm
+from qjax.models.layers import Embedding, Linear, RMSNorm, matmul
 from qjax.models.rope import apply_rope, rope_angles
 
 
@@ -79,7 +79,7 @@ class Qwen3ForCausalLM(nnx.Module):
             equation, weight = "RD,VD->RV", self.embed_tokens.weight[...]
         else:
             equation, weight = "RD,DV->RV", self.lm_head.kernel[...]
-        logits = jnp.einsum(equation, hidden, weight, preferred_element_type=jnp.float32)
+        logits = matmul(equation, hidden, weight)
         return jax.sharding.reshard(logits, sharding.spec_like(hidden, None))
 
 
