@@ -1,0 +1,172 @@
+"""Start and stop: listen, load, serve, and end in order. `run` is what `qjax serve` calls.
+
+The port is open before the model is loaded, so /health can say how far loading is. On SIGTERM or SIGINT /health turns
+first, running requests get their time, then are ended with a last chunk. If the engine dies, so does the server.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+
+from aiohttp import web
+from qjax.server.app import api_keys, make_app
+from qjax.server.state import AsyncEngine, ServerState
+
+from qjax.config import EngineConfig, ServerConfig
+
+log = logging.getLogger("qjax.server")
+
+WATCH_SECONDS = 0.25  # how often the engine is looked at
+FLUSH_SECONDS = 5.0  # that ended requests get to send their last chunk
+
+
+def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
+    """Serves until it is told to stop. Returns the process's exit code: 0, or 1 where the engine failed.
+
+    Raises:
+      ValueError: a wrong option or checkpoint, or a port that cannot be had; the message names it.
+    """
+    from qjax.engine.async_engine import AsyncEngine as RealEngine  # imports jax
+
+    return run_engine(RealEngine(engine_config), server_config)
+
+
+def run_engine(engine: AsyncEngine, config: ServerConfig) -> int:
+    """`run` with an engine of the caller's."""
+    code = asyncio.run(_serve_until_signal(engine, config))
+    if engine.phase not in ("stopping", "failed"):
+        # Told to stop while loading: its thread is inside a download or a compiler, and Python would wait for it.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+class Stop:
+    """The wish to end: `asked` by a first signal, `hurried` by a second, which skips the wait for running requests."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.hurried = asyncio.Event()
+
+    def ask(self) -> None:
+        (self.hurried if self.asked.is_set() else self.asked).set()
+
+
+async def _serve_until_signal(engine: AsyncEngine, config: ServerConfig) -> int:
+    stop, loop = Stop(), asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.ask)
+    return await serve(engine, config, stop)
+
+
+async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
+    """Listens, starts the engine, and serves until `stop` or the engine's death. Returns the exit code.
+
+    Raises:
+      ValueError: a wrong option, or what the engine's start-up raised.
+    """
+    state = ServerState(engine, config, read_chat_template(config))
+    runner = web.AppRunner(
+        make_app(state),
+        handler_cancellation=True,  # a client that goes away ends its request
+        access_log=None,
+        shutdown_timeout=1.0,  # by then `_drain` has given requests their time
+    )
+    await runner.setup()
+    try:
+        url = await _listen(runner, config)
+        log.info("listening on %s; /health says how far loading is", url)
+        engine.start()
+        if await _started(engine, stop):
+            print(ready_line(state, url), flush=True)
+            await _watch(engine, stop)
+        if engine.phase == "failed":
+            log.error("the engine has failed, so the server stops")
+            state.is_stopping = True
+            await state.wait_idle(FLUSH_SECONDS)
+            return 1
+        await _drain(state, stop)
+        if engine.phase in ("ready", "stopping"):
+            await engine.shutdown()
+        return 0
+    finally:
+        await runner.cleanup()
+
+
+async def _started(engine: AsyncEngine, stop: Stop) -> bool:
+    """Waits for the engine; false if told to stop before. Raises what start-up raised."""
+    ready, asked = asyncio.ensure_future(engine.wait_ready()), asyncio.ensure_future(stop.asked.wait())
+    try:
+        await asyncio.wait({ready, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if ready.done():
+            ready.result()
+        return ready.done()
+    finally:
+        ready.cancel()
+        asked.cancel()
+
+
+async def _watch(engine: AsyncEngine, stop: Stop) -> None:
+    """Returns when told to stop, or when the engine has failed."""
+    while not stop.asked.is_set() and engine.phase != "failed":
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.asked.wait(), WATCH_SECONDS)
+
+
+async def _drain(state: ServerState, stop: Stop) -> None:
+    """Takes nothing new, lets running requests finish for a while, then ends them with a last chunk."""
+    state.is_stopping = True
+    log.info("stopping: running requests get up to %g seconds", state.config.shutdown_timeout)
+    idle = asyncio.ensure_future(state.wait_idle(state.config.shutdown_timeout))
+    hurried = asyncio.ensure_future(stop.hurried.wait())
+    await asyncio.wait({idle, hurried}, return_when=asyncio.FIRST_COMPLETED)
+    idle.cancel()
+    hurried.cancel()
+    if not state.is_idle:
+        log.warning("requests are still running: they are ended")
+        state.abort_all()
+        await state.wait_idle(FLUSH_SECONDS)
+
+
+async def _listen(runner: web.AppRunner, config: ServerConfig) -> str:
+    """Opens the port. Returns the address for a client on this machine."""
+    try:
+        await web.TCPSite(runner, config.host, config.port).start()
+    except OSError as error:
+        raise ValueError(
+            f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}. "
+            "Choose others with --host and --port."
+        ) from None
+    port = runner.addresses[0][1]
+    host = "localhost" if config.host in ("0.0.0.0", "::", "") else config.host
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def read_chat_template(config: ServerConfig) -> str | None:
+    """The text of `--chat-template`.
+
+    Raises:
+      ValueError: the file cannot be read.
+    """
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--chat-template must name a readable text file: {error}") from None
+
+
+def ready_line(state: ServerState, url: str) -> str:
+    """What is printed once requests are served."""
+    key = ' -H "Authorization: Bearer $QJAX_API_KEY"' if api_keys(state.config) else ""
+    body = json.dumps({"messages": [{"role": "user", "content": "Hello!"}]})
+    return (
+        f"qjax serves {state.model_names[0]} at {url} (context {state.engine.max_model_len} tokens). Try: "
+        f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+    )

@@ -1,0 +1,62 @@
+"""Server-sent events: a stream of JSON chunks over HTTP, ended by `data: [DONE]`."""
+
+import contextlib
+import json
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from aiohttp import ClientConnectionResetError, web
+from qjax.server.errors import ApiError, internal_error
+
+DONE = b"data: [DONE]\n\n"
+# Line breaks to `str.splitlines`, which some clients cut the stream with, though legal inside a line of an event.
+_SEPARATORS = str.maketrans({"\u2028": "\\u2028", "\u2029": "\\u2029", "\x85": "\\u0085"})
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
+
+
+def event(chunk: dict[str, Any]) -> bytes:
+    text = encode_json(chunk)
+    if not text.isascii():
+        text = text.translate(_SEPARATORS)
+    return f"data: {text}\n\n".encode()
+
+
+async def stream(
+    request: web.Request, chunks: AsyncGenerator[dict[str, Any], None], headers: dict[str, str]
+) -> web.StreamResponse:
+    """Sends chunks as they come.
+
+    The first is awaited before the status goes out: a request that the engine refuses gets its 400, not a 200.
+
+    Raises:
+      ApiError: the request failed before its first chunk.
+    """
+    async with contextlib.aclosing(chunks):
+        first = await anext(chunks)
+        response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",  # a proxy would collect the chunks
+                **headers,
+            }
+        )
+        with contextlib.suppress(ClientConnectionResetError):  # the client has gone; the request ends with us
+            await response.prepare(request)
+            await response.write(event(first))
+            await _send_rest(response, chunks)
+            await response.write_eof()
+    return response
+
+
+async def _send_rest(response: web.StreamResponse, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+    try:
+        async for chunk in chunks:
+            await response.write(event(chunk))
+    except ClientConnectionResetError:
+        raise
+    except ApiError as error:
+        await response.write(event(error.body))
+    except Exception as error:
+        await response.write(event(internal_error(error).body))
+    await response.write(DONE)

@@ -1,0 +1,50 @@
+"""What is not generation: health, version, and the list of models."""
+
+import time
+from typing import Any
+
+from aiohttp import web
+from qjax.server.errors import RETRY_AFTER_SECONDS
+from qjax.server.state import STATE, ServerState
+from qjax.server.version import VERSION
+
+_STARTED = int(time.time())
+
+
+async def health(request: web.Request) -> web.Response:
+    """200 once requests are served; 503 with the reason while loading, while stopping, and after a failure."""
+    state = request.app[STATE]
+    if state.is_ready:
+        return web.json_response({"status": "ready"})
+    phase = state.engine.phase
+    if phase == "failed":
+        return web.json_response({"status": "failed", "phase": phase}, status=503)
+    status = "stopping" if state.is_stopping or phase == "stopping" else "loading"
+    headers = {"Retry-After": RETRY_AFTER_SECONDS}
+    return web.json_response({"status": status, "phase": phase}, status=503, headers=headers)
+
+
+async def version(request: web.Request) -> web.Response:
+    return web.json_response({"version": VERSION})
+
+
+async def models(request: web.Request) -> web.Response:
+    state = request.app[STATE]
+    return web.json_response({"object": "list", "data": [_card(state, name) for name in state.model_names]})
+
+
+async def model(request: web.Request) -> web.Response:
+    state = request.app[STATE]
+    return web.json_response(_card(state, state.check_model(request.match_info["model"])))
+
+
+def _card(state: ServerState, name: str) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": _STARTED,
+        "owned_by": "qjax",
+        "root": state.engine.model_name,
+        "parent": None,
+        "max_model_len": state.engine.max_model_len,
+    }
