@@ -105,10 +105,16 @@ def _run(argv: list[str]) -> int:
         parser.error("no command given")
     if unknown:
         _unknown_argument(args.parser, next((u for u in unknown if u.startswith("-")), unknown[0]))
-    logging.basicConfig(level=os.environ.get("QJAX_LOG_LEVEL", "INFO").upper(), format="%(message)s")
-    for name in ("jax", "httpx", "httpx2", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.WARNING)  # a line for each request or compilation
+    _start_logging("%(asctime)s %(levelname)s %(message)s" if args.command == "serve" else "%(message)s")
     return args.run(args) or 0
+
+
+def _start_logging(form: str) -> None:
+    level = os.environ.get("QJAX_LOG_LEVEL", "info").upper()
+    if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
+        raise ValueError(f"QJAX_LOG_LEVEL must be debug, info, warning or error, got {level.lower()!r}.")
+    logging.basicConfig(level="WARNING", format=form)  # of other packages: some log a line for each request
+    logging.getLogger("qjax").setLevel(level)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -283,9 +289,9 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
 
 def _serve(args: argparse.Namespace) -> int | None:
     config, server_config = _engine_config(args), read_config(ServerConfig, args)
-    from qjax.server import app
+    from qjax.server import lifecycle
 
-    return app.run(config, server_config)
+    return lifecycle.run(config, server_config)
 
 
 def _generate(args: argparse.Namespace) -> None:

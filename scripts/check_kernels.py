@@ -71,8 +71,8 @@ def canary(implementation: str) -> dict:
 def check_attention(case, implementation: str) -> dict:
     import jax
     import numpy as np
-    from qjax.kernels.paged_attention import paged_decode, paged_prefill
 
+    from qjax.kernels.paged_attention import paged_decode, paged_prefill
     from tests.kernels.cases import LAYER, errors, is_close, make, oracle
 
     op = paged_decode if case.chunk_lens is None else paged_prefill
@@ -113,6 +113,7 @@ def check_kv_write(num_tokens: int, K: int, H: int, S: int, implementation: str)
     import jax
     import jax.numpy as jnp
     import numpy as np
+
     from qjax.kernels.kv_write import kv_write
 
     num_pages = num_tokens // S + 3
@@ -136,6 +137,7 @@ def check_kv_write(num_tokens: int, K: int, H: int, S: int, implementation: str)
 def time_decode(implementation: str):
     import jax
     import jax.numpy as jnp
+
     from qjax.kernels.paged_attention import paged_decode
 
     N, K, H, S = 32, 8, 128, 64
@@ -161,6 +163,7 @@ def time_decode(implementation: str):
 def time_prefill(implementation: str):
     import jax
     import jax.numpy as jnp
+
     from qjax.kernels.paged_attention import paged_prefill
 
     N, K, H, S, L = 32, 8, 128, 64, 4
@@ -184,6 +187,7 @@ def time_prefill(implementation: str):
 def time_kv_write(implementation: str):
     import jax
     import jax.numpy as jnp
+
     from qjax.kernels.kv_write import kv_write
 
     L, K, H, S = 16, 8, 128, 64

@@ -5,13 +5,13 @@ import hmac
 import os
 
 from aiohttp import web
+
+from qjax.config import ServerConfig
 from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.errors import ApiError, Handler, error_middleware
 from qjax.server.state import STATE, ServerState
 from qjax.server.status import health, model, models, version
-
-from qjax.config import ServerConfig
 
 MAX_BODY_BYTES = 32 * 2**20  # ten times the text of the longest context
 OPEN_PATHS = {"/health", "/ping"}  # probes bring no key

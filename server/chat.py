@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from qjax.outputs import CompletionOutput, RequestOutput
+from qjax.sampling_params import SamplingParams
 from qjax.server import sse
 from qjax.server.answers import TokenNames, chat_logprobs, prompt_logprobs_json, usage
 from qjax.server.errors import from_value_error
@@ -16,9 +19,6 @@ from qjax.server.protocol import ChatRequest
 from qjax.server.schema import parse
 from qjax.server.state import STATE, ServerState
 from qjax.server.version import FINGERPRINT
-
-from qjax.outputs import CompletionOutput, RequestOutput
-from qjax.sampling_params import SamplingParams
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from qjax.outputs import CompletionOutput, Logprob, RequestOutput
+from qjax.sampling_params import SamplingParams
 from qjax.server import sse
 from qjax.server.answers import CompletionLogprobs, TokenNames, prompt_logprobs_json, usage
 from qjax.server.generation import Answer, Outputs, Prompt, answer_id, encode, generate, read_json, truncate
@@ -14,9 +17,6 @@ from qjax.server.protocol import CompletionRequest
 from qjax.server.schema import parse
 from qjax.server.state import STATE, ServerState
 from qjax.server.version import FINGERPRINT
-
-from qjax.outputs import CompletionOutput, Logprob, RequestOutput
-from qjax.sampling_params import SamplingParams
 
 
 async def completions(request: web.Request) -> web.StreamResponse:

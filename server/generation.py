@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from aiohttp import web
-from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error
-from qjax.server.protocol import SAMPLING_NAMES, GenerationRequest, check_request_id
-from qjax.server.state import ServerState
 
 from qjax.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
 from qjax.sampling_params import SamplingParams
+from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error
+from qjax.server.protocol import SAMPLING_NAMES, GenerationRequest, check_request_id
+from qjax.server.state import ServerState
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # (index of the prompt, delta)
 LONG_TEXT = 32_768  # characters; tokenizing more than this would hold up everyone else's streams

@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 
 from aiohttp import web
-from qjax.server.app import api_keys, make_app
-from qjax.server.state import AsyncEngine, ServerState
 
 from qjax.config import EngineConfig, ServerConfig
+from qjax.server.app import api_keys, make_app
+from qjax.server.state import AsyncEngine, ServerState
 
 log = logging.getLogger("qjax.server")
 

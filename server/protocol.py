@@ -9,10 +9,9 @@ import re
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
+from qjax.sampling_params import SamplingParams
 from qjax.server.errors import bad_request, from_value_error
 from qjax.server.schema import Refused, body_field
-
-from qjax.sampling_params import SamplingParams
 
 MAX_N = 128  # OpenAI's limit; each answer is a sequence of its own in the engine
 MAX_PROMPTS = 1024

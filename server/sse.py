@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
+
 from qjax.server.errors import ApiError, internal_error
 
 DONE = b"data: [DONE]\n\n"

@@ -6,11 +6,11 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
 from aiohttp import web
-from qjax.server.errors import ApiError, unavailable
 
 from qjax.config import ServerConfig
 from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
+from qjax.server.errors import ApiError, unavailable
 from qjax.text.tokenizer import Tokenizer
 
 

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from aiohttp import web
+
 from qjax.server.errors import RETRY_AFTER_SECONDS
 from qjax.server.state import STATE, ServerState
 from qjax.server.version import VERSION

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import qjax.server
 from qjax import cli, terminal
 from qjax.config import EngineConfig, ServerConfig
 from qjax.outputs import CompletionOutput, RequestOutput
@@ -44,10 +45,10 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def served(monkeypatch: pytest.MonkeyPatch) -> list[tuple[EngineConfig, ServerConfig]]:
     """What `qjax serve` hands to the server."""
     calls: list[tuple[EngineConfig, ServerConfig]] = []
-    app = types.ModuleType("qjax.server.app")
-    app.run = lambda engine, server: calls.append((engine, server))  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "qjax.server.app", app)
-    monkeypatch.setattr("qjax.server.app", app, raising=False)
+    lifecycle = types.ModuleType("qjax.server.lifecycle")
+    lifecycle.run = lambda engine, server: calls.append((engine, server))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qjax.server.lifecycle", lifecycle)
+    monkeypatch.setattr(qjax.server, "lifecycle", lifecycle, raising=False)
     return calls
 
 

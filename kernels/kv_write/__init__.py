@@ -1,6 +1,7 @@
 """Writes the step's keys and values into the paged cache."""
 
 import jax
+
 from qjax.kernels.dispatch import dispatch
 from qjax.kernels.kv_write.reference import kv_write_ref
 

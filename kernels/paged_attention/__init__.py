@@ -1,6 +1,7 @@
 """Attention over a paged KV cache: one new token a sequence (`paged_decode`), chunks of prompts (`paged_prefill`)."""
 
 import jax
+
 from qjax.kernels.dispatch import dispatch
 from qjax.kernels.paged_attention.reference import paged_decode_ref, paged_prefill_ref
 

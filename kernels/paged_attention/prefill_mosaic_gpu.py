@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
 from qjax.kernels.paged_attention.mosaic_common import (
     LOG2E,
     MASKED,

@@ -5,9 +5,9 @@ import json
 import aiohttp
 import openai
 import pytest
-from qjax.server.lifecycle import Stop, serve
 
 from qjax.config import ServerConfig
+from qjax.server.lifecycle import Stop, serve
 from tests.server.fake_engine import FakeEngine
 from tests.text.small_tokenizer import write_small_tokenizer
 
