@@ -25,38 +25,54 @@ def parameter(
     return nnx.Param(value, out_sharding=axes, sharding_rules=sharding.RULES)
 
 
-def matmul(einsum: str, x: jax.Array, kernel: jax.Array, **kwargs: Any) -> jax.Array:
-    """x times kernel as the einsum says, in float32; no tf32 where the weights are float32."""
-    precision = jax.lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else None
-    return jnp.einsum(einsum, x, kernel, precision=precision, preferred_element_type=jnp.float32, **kwargs)
+def matmul(
+    x: jax.Array, kernel: jax.Array, inputs: tuple[int, ...] = (0,), *, out_dtype: Any = None, out_sharding: Any = None
+) -> jax.Array:
+    """x [T, *inputs] times kernel, over the kernel's axes `inputs` and x's last ones, summed in float32.
+
+    Args:
+      out_dtype: what the sum is rounded to [x's dtype].
+    """
+    # dot_general keeps the axes in the order they lie in, so that XLA sees one 2-D GEMM; an einsum over several
+    # axes sorts them by letter, which copies the weight in every step. The GEMM rounds its own float32 sums: a
+    # float32 result cast afterwards costs a kernel more. tf32 only where the weights are not float32.
+    first = x.ndim - len(inputs)
+    return jax.lax.dot_general(
+        x,
+        kernel,
+        ((tuple(range(first, x.ndim)), inputs), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if kernel.dtype == jnp.float32 else None,
+        preferred_element_type=out_dtype or x.dtype,
+        out_sharding=out_sharding,
+    )
 
 
 class Linear(nnx.Module):
-    """y = einsum(x, kernel) + bias, summed in float32, in x's dtype.
+    """x [T, *inputs] times kernel [*inputs, *outputs] (+ bias [*outputs]), in x's dtype.
 
-    The einsum contracts x's last axes with the kernel's first, so that XLA sees one 2-D GEMM and no transposition.
+    Args:
+      shape, axes: of the kernel, whose first `num_inputs` axes are summed over.
     """
 
     def __init__(
         self,
-        einsum: str,  # "TD,DF->TF"
         shape: tuple[int, ...],
         axes: tuple[str, ...],
         *,
-        num_inputs: int = 1,  # leading axes of the kernel that are contracted
+        num_inputs: int = 1,
         use_bias: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs | None,
     ):
-        self.einsum = einsum
+        self.inputs = tuple(range(num_inputs))
         self.out_axes = axes[num_inputs:]
         self.kernel = parameter(shape, axes, dtype, rngs=rngs)
         self.bias = parameter(shape[num_inputs:], self.out_axes, dtype, rngs=None) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        # A kernel split on a contracted axis leaves partial sums: out_sharding asks for the all-reduce.
+        # A kernel split on a summed axis leaves partial sums: out_sharding asks for the all-reduce.
         out_sharding = sharding.spec_like(x, *self.out_axes)
-        y = matmul(self.einsum, x, self.kernel[...], out_sharding=out_sharding).astype(x.dtype)
+        y = matmul(x, self.kernel[...], self.inputs, out_sharding=out_sharding)
         return y if self.bias is None else y + self.bias[...]
 
 

@@ -62,7 +62,7 @@ class Qwen3ForCausalLM(nnx.Module):
         )
         self.norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype=dtype)
         shape, axes = (config.hidden_size, config.vocab_size), ("embed", "vocab")
-        self.lm_head = None if config.tie_word_embeddings else Linear("RD,DV->RV", shape, axes, dtype=dtype, rngs=rngs)
+        self.lm_head = None if config.tie_word_embeddings else Linear(shape, axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, batch: AttendingBatch, cache: Any) -> tuple[jax.Array, Any]:
         """Hidden states after the last norm [T, D], and the cache with the step's keys and values."""
@@ -76,10 +76,9 @@ class Qwen3ForCausalLM(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, D] → float32 [R, V], whole on every device."""
         if self.lm_head is None:
-            equation, weight = "RD,VD->RV", self.embed_tokens.weight[...]
+            logits = matmul(hidden, self.embed_tokens.weight[...], (1,), out_dtype=jnp.float32)
         else:
-            equation, weight = "RD,DV->RV", self.lm_head.kernel[...]
-        logits = matmul(equation, hidden, weight)
+            logits = matmul(hidden, self.lm_head.kernel[...], out_dtype=jnp.float32)
         return jax.sharding.reshard(logits, sharding.spec_like(hidden, None))
 
 
@@ -104,7 +103,6 @@ class Attention(nnx.Module):
         D, H, (K, G) = config.hidden_size, config.head_dim, heads
         # For each KV head its G query heads, then k, then v.
         self.qkv_proj = Linear(
-            "TD,DKGH->TKGH",
             (D, K, G + 2, H),
             ("embed", "kv_heads", "heads_of_kv", "head_dim"),
             use_bias=config.attention_bias,
@@ -112,7 +110,6 @@ class Attention(nnx.Module):
             rngs=rngs,
         )
         self.o_proj = Linear(
-            "TKGH,KGHD->TD",
             (K, G, H, D),
             ("kv_heads", "heads_of_kv", "head_dim", "embed"),
             num_inputs=3,
@@ -140,8 +137,8 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Linear("TD,DSF->TSF", (D, 2, F), ("embed", "gate_up", "mlp"), dtype=dtype, rngs=rngs)
-        self.down_proj = Linear("TF,FD->TD", (F, D), ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        self.gate_up_proj = Linear((D, 2, F), ("embed", "gate_up", "mlp"), dtype=dtype, rngs=rngs)
+        self.down_proj = Linear((F, D), ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         gate_up = self.gate_up_proj(x)  # [T, 2, F]
