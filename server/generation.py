@@ -13,7 +13,7 @@ from aiohttp import web
 from qjax.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error
-from qjax.server.protocol import SAMPLING_NAMES, GenerationRequest, check_request_id
+from qjax.server.protocol import PARAM_NAMES, GenerationRequest, check_request_id
 from qjax.server.state import ServerState
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # (index of the prompt, delta)
@@ -105,6 +105,8 @@ def check_limits(state: ServerState, prompt: Prompt, params: SamplingParams) -> 
     longest = engine.max_model_len
     if num_tokens == 0:
         raise bad_request("The prompt is empty: at least one token is needed.", "prompt")
+    if prompt.text is None and not (min(prompt.token_ids) >= 0 and max(prompt.token_ids) < engine.vocab_size):
+        raise bad_request(f"The prompt has a token id outside the vocabulary, 0 to {engine.vocab_size - 1}.", "prompt")
     if num_tokens >= longest:
         which = "exceeds this limit even without any output tokens" if num_tokens > longest else "leaves no room"
         message = (
@@ -128,7 +130,7 @@ def check_limits(state: ServerState, prompt: Prompt, params: SamplingParams) -> 
         max_tokens = min(params.max_tokens or room, room)
         return params.with_(max_tokens=max_tokens, top_k=min(params.top_k, engine.vocab_size))
     except ValueError as error:  # min_tokens is more than there is room for
-        raise from_value_error(error, SAMPLING_NAMES) from None
+        raise from_value_error(error, PARAM_NAMES) from None
 
 
 async def generate(
@@ -168,7 +170,7 @@ async def _deltas(
             except ApiError:
                 raise
             except ValueError as error:
-                raise (from_value_error(error, SAMPLING_NAMES) if is_first else internal_error(error)) from error
+                raise (from_value_error(error, PARAM_NAMES) if is_first else internal_error(error)) from error
             except Exception as error:
                 if state.engine.phase == "failed":
                     raise ApiError(500, "The engine has failed; the server is about to stop.") from error

@@ -20,6 +20,7 @@ MAX_BAD_WORDS = 128
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 SAMPLING_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
+PARAM_NAMES = SAMPLING_NAMES | {"prompt", "priority", "request_id", "cache_salt"}  # that an error may begin with
 LATER = "it comes with structured output."
 
 _REFUSED_BY_BOTH = {

@@ -8,6 +8,7 @@ import pytest
 
 from qjax.config import ServerConfig
 from qjax.server.lifecycle import Stop, serve
+from qjax.text.tokenizer import Tokenizer
 from tests.server.fake_engine import FakeEngine
 from tests.text.small_tokenizer import write_small_tokenizer
 
@@ -15,6 +16,11 @@ from tests.text.small_tokenizer import write_small_tokenizer
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     return write_small_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(folder):
+    return Tokenizer.from_pretrained(folder)
 
 
 class Server:
@@ -48,13 +54,13 @@ class Server:
 
 
 @pytest.fixture
-async def start(folder, capsys, monkeypatch):
+async def start(tokenizer, capsys, monkeypatch):
     """Starts servers: `await start(engine options, config=ServerConfig options)`."""
     monkeypatch.delenv("QJAX_API_KEY", raising=False)
     async with contextlib.AsyncExitStack() as stack:
 
         async def start_server(config=None, wait=True, **engine_options):
-            engine = FakeEngine(folder, **engine_options)
+            engine = FakeEngine(tokenizer, **engine_options)
             stop = Stop()
             port = free_port()
             options = ServerConfig(host="127.0.0.1", port=port, **{"shutdown_timeout": 0.2, **(config or {})})

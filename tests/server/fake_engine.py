@@ -4,6 +4,7 @@ Run as a program it is a server for the tests of signals and of the engine's dea
 """
 
 import asyncio
+import logging
 import math
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -29,7 +30,7 @@ class FakeEngine:
 
     def __init__(
         self,
-        folder,
+        tokenizer: Tokenizer,
         *,
         answer: Callable[[str, SamplingParams, int], str] | None = None,
         delay: float = 0.0,
@@ -37,7 +38,7 @@ class FakeEngine:
         phases: list[str] | None = None,
         defaults: dict | None = None,
     ):
-        self._folder = folder
+        self.tokenizer = tokenizer
         self._answer = answer or (lambda prompt, params, index: f"Hello from answer {index}.")
         self._delay = delay
         self._phases = phases or []
@@ -54,16 +55,17 @@ class FakeEngine:
         self.error_after: int | None = None  # tokens until a request ends with "error"
         self.start_error: Exception | None = None
         self.go_on = asyncio.Event()  # start-up waits for it in each phase
+        self.num_tokens = 0  # written so far, of all requests
         self._aborted: dict[str, asyncio.Event] = {}
 
     # Start and stop
 
     def start(self) -> None:
-        self.tokenizer = Tokenizer.from_pretrained(self._folder)
         self._loading = asyncio.ensure_future(self._load())
 
     async def _load(self) -> None:
-        for self.phase in self._phases:
+        for phase in self._phases:
+            self.phase = phase
             await self.go_on.wait()
             self.go_on.clear()
         if self.start_error is not None:
@@ -154,6 +156,7 @@ class FakeEngine:
                 else:
                     token = waiting[index].pop(0)
                     tokens = [token]
+                    self.num_tokens += 1
                     if token != eos:
                         text = streams[index].append(tokens)
                     if streams[index].stop_match is not None:
@@ -197,8 +200,10 @@ def main(folder: str, delay: str, *options: str) -> int:
     from qjax.server.lifecycle import run_engine
 
     phases = ["loading the weights"] if "load" in options else []
+    logging.basicConfig(level=logging.INFO)
+    tokenizer = Tokenizer.from_pretrained(folder)
     engine = FakeEngine(
-        folder, answer=lambda *_: "word " * 10_000, delay=float(delay), max_model_len=4096, phases=phases
+        tokenizer, answer=lambda *_: "word " * 10_000, delay=float(delay), max_model_len=4096, phases=phases
     )
     engine.fail_after = 20 if "die" in options else None
     timeout = next((float(o) for o in options if o.replace(".", "").isdigit()), 30.0)
