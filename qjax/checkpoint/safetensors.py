@@ -27,7 +27,7 @@ from qjax.models.qwen3 import ModelDef, abstract_model
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
-NUM_READERS = 8  # threads; each holds one device's part of one leaf
+NUM_READERS = min(16, os.cpu_count() or 1)  # threads; each holds one device's part of one leaf
 
 
 def load_params(
@@ -59,13 +59,17 @@ def load_params(
         disable=None if progress is None else not progress,
     ) as bar:
 
-        def load(rule: Leaf, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-            array = _place(rule, leaf, tensors).block_until_ready()  # the part's copy on the host is free again
-            bar.update(sum(tensors[name].nbytes for name in rule.shapes))
-            return array
+        def load(i: int) -> tuple[int, jax.Array]:
+            array = _place(
+                rules[i], leaves[i], tensors
+            ).block_until_ready()  # the part's copy on the host is free again
+            bar.update(sum(tensors[name].nbytes for name in rules[i].shapes))
+            return i, array
 
+        largest_first = sorted(range(len(leaves)), key=lambda i: -leaves[i].size)
         with ThreadPoolExecutor(NUM_READERS, "qjax-load") as pool:
-            return tuple(pool.map(load, rules, leaves))
+            arrays = dict(pool.map(load, largest_first))
+    return tuple(arrays[i] for i in range(len(leaves)))
 
 
 def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, seed: int = 0) -> tuple[jax.Array, ...]:

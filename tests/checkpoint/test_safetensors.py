@@ -139,7 +139,7 @@ def test_the_host_never_holds_more_than_a_few_parts(tmp_path, monkeypatch):
     finally:
         tracemalloc.stop()
     assert largest == 2 * 256 * 1024 * 2  # gate_up_proj of one layer, in bfloat16
-    assert peak < (safetensors.NUM_READERS + 4) * largest < model_bytes / 4
+    assert peak < (safetensors.NUM_READERS + 2) * largest + 6e6 < model_bytes / 2  # 6 MB: tracing the model
 
 
 def broken(tmp_path, change) -> str:
