@@ -5,6 +5,7 @@ parts at a time and never a model. Everything is checked before the first byte g
 """
 
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +68,11 @@ def load_params(
             return i, array
 
         largest_first = sorted(range(len(leaves)), key=lambda i: -leaves[i].size)
-        with ThreadPoolExecutor(NUM_READERS, "qjax-load") as pool:
+        pool = ThreadPoolExecutor(NUM_READERS, "qjax-load")
+        try:
             arrays = dict(pool.map(load, largest_first))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a failure (device memory is full), do not load the rest first
     return tuple(arrays[i] for i in range(len(leaves)))
 
 
@@ -98,7 +102,7 @@ def save_params(
     offset = 0
     for rule in rules:
         for name, shape in rule.shapes.items():
-            size = int(np.prod(shape)) * DTYPES[code].itemsize
+            size = math.prod(shape) * DTYPES[code].itemsize
             header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, offset + size]}
             offset += size
     encoded = json.dumps(header).encode()
@@ -150,20 +154,27 @@ def _open_file(path: Path) -> dict[str, np.ndarray]:
             header = json.loads(file.read(length))
         except ValueError as error:
             raise ValueError(f"{path}: the header is not JSON: {error}.") from None
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    try:
+        header.pop("__metadata__", None)
+        entries = []
+        for name, entry in header.items():
+            start, stop = entry["data_offsets"]
+            entries.append((name, entry["dtype"], tuple(entry["shape"]), start, stop))
+        expected = 8 + length + max((entry[-1] for entry in entries), default=0)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: the header is not that of a safetensors file: {error!r}.") from None
     if size != expected:
-        raise ValueError(f"{path}: truncated: {size} bytes instead of {expected}. Download it again.")
-    data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if header else np.empty(0, np.uint8)
+        what = "truncated" if size < expected else "damaged"
+        raise ValueError(f"{path}: {what}: {size} bytes instead of {expected}. Download it again.")
+    data = np.memmap(path, np.uint8, mode="r", offset=8 + length) if entries else np.empty(0, np.uint8)
     tensors = {}
-    for name, entry in header.items():
-        dtype = DTYPES.get(entry["dtype"])
+    for name, code, shape, start, stop in entries:
+        dtype = DTYPES.get(code)
         if dtype is None:
-            raise ValueError(f"{path}: tensor {name} has dtype {entry['dtype']}, expected one of {', '.join(DTYPES)}.")
-        start, stop = entry["data_offsets"]
-        if stop - start != int(np.prod(entry["shape"])) * dtype.itemsize:
-            raise ValueError(f"{path}: tensor {name} has {stop - start} bytes for shape {entry['shape']}.")
-        tensors[name] = np.asarray(data[start:stop]).view(dtype).reshape(entry["shape"])
+            raise ValueError(f"{path}: tensor {name} has dtype {code}, expected one of {', '.join(DTYPES)}.")
+        if stop - start != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{path}: tensor {name} has {stop - start} bytes for shape {list(shape)}.")
+        tensors[name] = np.asarray(data[start:stop]).view(dtype).reshape(shape)
     return tensors
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 import tracemalloc
 
 import jax
@@ -173,6 +174,36 @@ def test_a_header_that_is_none_is_named(tmp_path):
     assert "model-00001-of-00002.safetensors: the header is not JSON" in message
     message = broken(tmp_path, lambda folder, files: files[0].write_bytes(b"<!DOCTYPE html><html>" * 9))
     assert "model-00001-of-00002.safetensors" in message
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b'{"x": 1}', b'{"x": {"dtype": "F32"}}', b'{"x": {"dtype":"F32","shape":[1],"data_offsets":[0]}}']
+)
+def test_a_header_of_another_kind_is_named(tmp_path, header):
+    data = len(header).to_bytes(8, "little") + header
+    message = broken(tmp_path, lambda folder, files: files[0].write_bytes(data))
+    assert "model-00001-of-00002.safetensors: the header is not that of a safetensors file" in message
+
+
+def test_a_file_that_is_too_long_is_named(tmp_path):
+    message = broken(tmp_path, lambda folder, files: files[0].write_bytes(files[0].read_bytes() + b"more"))
+    assert "model-00001-of-00002.safetensors: damaged" in message
+
+
+def test_a_failure_while_loading_ends_it(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, num_hidden_layers=12)
+    calls = []
+
+    def full(*args):
+        calls.append(args)
+        time.sleep(0.01)
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(jax, "make_array_from_callback", full)
+    monkeypatch.setattr(safetensors, "NUM_READERS", 1)
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        load(tmp_path, num_hidden_layers=12)
+    assert len(calls) < 50  # of 99 leaves
 
 
 def test_a_missing_tensor_is_named(tmp_path):
