@@ -44,7 +44,7 @@ class Request:
     arrival_order: int = 0  # set by the scheduler: its n-th request
     has_device_token: bool = False  # the last token was sampled in the present slot, so the device knows it
     page_hashes: list[bytes] = field(default_factory=list, repr=False)  # chained, of the first full pages
-    num_registered_pages: int = 0  # leading pages of `page_ids` that were offered to the prefix cache
+    num_registered_pages: int = 0  # while RUNNING: leading `page_ids` that were offered to the prefix cache
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     first_scheduled_time: float | None = None

@@ -112,14 +112,30 @@ def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
       int32 [R] token ids; -1 where the logits are NaN or +inf, or all -inf.
     """
     is_random = batch.temperature > 0
+    likeliest = jnp.argmax(logits, axis=-1)
+
+    def draw():
+        z, keep = kept_tokens(logits, batch)
+        noise = _gumbel(batch.seeds, batch.counters, logits.shape[1])
+        return jnp.where(is_random, jnp.argmax(jnp.where(keep, z + noise, -jnp.inf), axis=-1), likeliest)
+
+    return _or_error(lax.cond(jnp.any(is_random), draw, lambda: likeliest), logits)
+
+
+def kept_tokens(logits: jax.Array, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
+    """What `sample` draws from.
+
+    Returns:
+      z float32 [R, V], logit / temperature less the row's largest, and keep bool [R, V], the tokens that can be
+      drawn: in proportion to exp(z). Greedy rows keep all.
+    """
+    is_random = batch.temperature > 0
     temperature = jnp.where(is_random, jnp.clip(batch.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE), 1.0)
-    # Rows of logits relative to the likeliest token: z <= 0, exp(z) <= 1.
-    z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]  # [R, V]
-    keep = z >= jnp.log(batch.min_p)[:, None]
+    z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]  # [R, V], at most 0
+    keep = z >= jnp.log(jnp.where(is_random, batch.min_p, 0.0))[:, None]
 
     keys = _sort_keys(logits)
-    size = logits.shape[1]
-    top_k = jnp.where(is_random & (batch.top_k > 0) & (batch.top_k < size), batch.top_k, 0)
+    top_k = jnp.where(is_random & (batch.top_k < logits.shape[1]), batch.top_k, 0)
     threshold = lax.cond(jnp.any(top_k > 0), _top_k_threshold, lambda keys, k: _nothing_dropped(k), keys, top_k)
     keep &= keys >= threshold[:, None]
 
@@ -127,14 +143,7 @@ def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     threshold = lax.cond(
         jnp.any(top_p < 1.0), _top_p_threshold, lambda keys, z, keep, p: _nothing_dropped(p), keys, z, keep, top_p
     )
-    keep &= keys >= threshold[:, None]
-
-    tokens = lax.cond(
-        jnp.any(is_random),
-        lambda: jnp.argmax(jnp.where(keep, z + _gumbel(batch.seeds, batch.counters, size), -jnp.inf), axis=-1),
-        lambda: jnp.zeros(logits.shape[:1], jnp.int32),
-    )
-    return _or_error(jnp.where(is_random, tokens, jnp.argmax(logits, axis=-1)), logits)
+    return z, keep & (keys >= threshold[:, None])
 
 
 def logprobs_of(logits: jax.Array, tokens: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -216,24 +225,29 @@ def _top_p_threshold(keys: jax.Array, z: jax.Array, keep: jax.Array, top_p: jax.
 
 
 def _gumbel(seeds: jax.Array, counters: jax.Array, size: int) -> jax.Array:
-    """float32 [R, V] of the standard Gumbel distribution, a function of each row's seed and counter alone.
-
-    -log(-log1p(-u)), with u = (n + 1/2) / 2**32: large values come from small u, where float32 is finest. From
-    u near 1, where it is coarse, two of 152 000 likely tokens would tie once in a hundred draws.
-    """
+    """float32 [R, V] of the standard Gumbel distribution, a function of each row's seed and counter alone."""
 
     def row(seed, counter):
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), counter)
         return jax.random.bits(key, (size,), jnp.uint32)
 
-    u = (jax.vmap(row)(seeds, counters).astype(jnp.float32) + 0.5) * 2.0**-32
-    return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1.0 - 2.0**-24)))
+    return _gumbel_of_bits(jax.vmap(row)(seeds, counters))
+
+
+def _gumbel_of_bits(bits: jax.Array) -> jax.Array:
+    """-log(-log1p(-u)) with u = (bits + 1/2) / 2**32.
+
+    Large values come from small u, where float32 is finest. From u near 1, where it is coarse, two of 152 000 equally
+    likely tokens would tie once in a hundred draws.
+    """
+    u = jnp.minimum((bits.astype(jnp.float32) + 0.5) * 2.0**-32, 1.0 - 2.0**-24)  # u = 1 would be -inf
+    return -jnp.log(-jnp.log1p(-u))
 
 
 def _top_ids(logits: jax.Array, num: int) -> jax.Array:
     """int32 [R, num]: ids of the largest logits, lower ids first among equals."""
     if num > MAX_SCANNED_LOGPROBS:
-        return lax.top_k(logits, num)[1]
+        return lax.top_k(jnp.where(logits == 0, 0.0, logits), num)[1]  # to top_k, -0 is less than 0
     keys = _sort_keys(logits)
     ids = jnp.arange(logits.shape[1], dtype=jnp.int32)
 

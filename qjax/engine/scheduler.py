@@ -179,12 +179,11 @@ class Scheduler:
         prefills: list[ScheduledChunk] = []
         preempted: list[Request] = []
 
+        # Never more decodes than the budget: each began as a chunk in a step that had room for it beside the others.
         for request in list(self.running):
-            if budget == 0:
-                break
-            # A request later in the list may have been preempted for an earlier one, never the other way round:
-            # so nothing that is in this step already loses its pages.
-            if request.status is not RequestStatus.RUNNING or not request.has_device_token:
+            # A request later in the list may have been preempted for an earlier one (it has no device token then),
+            # never the other way round: so nothing that is in this step already loses its pages.
+            if not request.has_device_token:
                 continue
             if not self._may_grow(request) or not self._make_room(request, preempted):
                 continue
@@ -368,7 +367,6 @@ class Scheduler:
         self._register_pages(request)
         self.pool.free(request.page_ids)
         request.page_ids = []
-        request.num_registered_pages = 0
         request.num_computed_tokens = 0
         request.has_device_token = False
         if request.slot is not None:

@@ -176,15 +176,35 @@ def test_a_prefix_is_taken_from_the_cache_but_for_the_last_token():
     s.check_integrity()
 
 
-def test_an_answer_is_a_prefix_too():
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_an_answer_is_a_prefix_too(depth):
     s = scheduler()
     a = request("a", list(range(6)), max_tokens=7)
     add(s, a)
-    for token in range(6, 13):
-        step(s, token)
+    in_flight = []
+    for token in range(6, 13 + depth):
+        in_flight.append(s.schedule())
+        if len(in_flight) == depth:
+            batch = in_flight.pop(0)
+            s.update(batch, [token - depth + 1] * len(batch.sampling))
+    assert a.output_token_ids == list(range(6, 13))
     assert a.finish_reason == "length"
     add(s, request("b", list(range(15))))
     assert step(s) == [("b", 12, 3, True)]  # K and V of the last token, 12, were never computed
+
+
+def test_what_is_computed_again_is_cached_again():
+    s = scheduler(num_pages=5)
+    b = request("b", list(range(7)))
+    add(s, request("a", 7), b)
+    step(s, 7)
+    step(s, 8)
+    assert s.schedule().preempted == [b]  # its second page goes to a
+    s.abort("a")
+    assert step(s, 9) == [("b", 4, 5, True)]
+    s.abort("b")
+    add(s, request("c", list(range(10))))
+    assert step(s) == [("c", 8, 2, True)]
 
 
 def test_who_shares_no_prefix():
