@@ -19,6 +19,7 @@ from qjax.server.protocol import ChatRequest
 from qjax.server.schema import parse
 from qjax.server.state import STATE, ServerState
 from qjax.server.version import FINGERPRINT
+from qjax.text.messages import template_messages
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -51,7 +52,8 @@ async def render(state: ServerState, body: ChatRequest) -> Prompt:
             **variables,
         )
 
-    is_long = sum(len(str(m.get("content"))) for m in body.messages) > LONG_TEXT
+    contents = [m.get("content") or "" for m in body.messages]
+    is_long = not all(isinstance(c, str) for c in contents) or sum(map(len, contents)) > LONG_TEXT
     try:
         text = await asyncio.to_thread(template) if is_long else template()
     except ValueError as error:
@@ -189,8 +191,7 @@ class Chat:
         last = self.body.messages[-1]
         if not self.body.echo or last.get("role") != "assistant":
             return ""
-        content = last.get("content") or ""
-        return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+        return template_messages([last])[0]["content"]
 
     def _logprobs(self, token_ids: list[int], logprobs: Any) -> dict[str, Any] | None:
         if not self.body.logprobs:

@@ -86,7 +86,10 @@ def internal_error(error: BaseException) -> ApiError:
 
 def shorten(value: Any, limit: int = 200) -> str:
     """A value of a request for an error's text."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except RecursionError:  # the parser allows a little more depth than the writer
+        text = "a deeply nested value"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

@@ -176,6 +176,8 @@ class ChatRequest(GenerationRequest):
         "web_search_options": Refused("the server searches nothing."),
         "service_tier": Refused("there is one tier.", ("auto", "default")),
         "store": Refused("nothing is stored.", (False,)),
+        "moderation": Refused("nothing is moderated."),
+        "prompt_cache_options": Refused("the prefix cache lives in memory.", ({},)),
         "prompt_cache_retention": Refused("the prefix cache lives in memory.", ("in_memory", "in-memory")),
         "media_io_kwargs": Refused("the model reads only text.", ({},)),
         "mm_processor_kwargs": Refused("the model reads only text.", ({},)),

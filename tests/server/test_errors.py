@@ -154,6 +154,23 @@ class TestFields:
         status, body, _ = await server.post(CHAT, {"messages": HI, **neutral})
         assert status == 200, body
 
+    @pytest.mark.parametrize("depth", [300, 700, 900, 950, 990])
+    async def test_deep_nesting_is_never_a_fault_of_the_server(self, start, depth):
+        server = await start(max_model_len=8192)
+        deep = "[" * depth + "]" * depth
+        for body in (
+            '{"messages": [{"role": "user", "content": %s}]}',
+            '{"messages": [{"role": "user", "content": "x", "other": %s}]}',
+            '{"messages": [{"role": "user", "content": "x"}], "tools": [{"type": "function", "function": '
+            '{"name": "f", "parameters": {"x": %s}}}]}',
+            '{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"x": %s}}',
+            '{"messages": [{"role": "user", "content": "x"}], "temperature": %s}',
+            '{"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "%s"}}]}]}',
+        ):
+            data = (body % deep).encode()
+            status, got, _ = await server.post(CHAT, data=data, headers={"Content-Type": "application/json"})
+            assert status in (200, 400), (body, got)
+
     async def test_contradictions(self, server):
         await refused(server, CHAT, {"messages": HI, "max_tokens": 2, "max_completion_tokens": 3}, "max_tokens")
         both = {"continue_final_message": True, "add_generation_prompt": True}

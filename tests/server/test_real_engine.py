@@ -67,13 +67,17 @@ def test_qjax_serve_as_a_process(tiny_folder):  # noqa: F811
     command = [sys.executable, "-m", "qjax", "serve", str(tiny_folder), "--host", "127.0.0.1", "--port", str(port)]
     command += [part for name, value in OPTIONS.items() for part in (f"--{name.replace('_', '-')}", str(value))]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as server:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as server:
         try:
             line = server.stdout.readline()
             assert f"127.0.0.1:{port}" in line and "curl" in line, line
             body = {"prompt": "Hello", "max_tokens": 5, "temperature": 0, "ignore_eos": True}
             request = urllib.request.Request(
-                f"http://127.0.0.1:{port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+                f"http://127.0.0.1:{port}/v1/completions",
+                json.dumps(body).encode(),
+                {"Content-Type": "application/json"},
             )
             answer = json.load(urllib.request.urlopen(request, timeout=60))
             assert answer["usage"]["completion_tokens"] == 5
