@@ -164,7 +164,9 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
                 return acc, new_max, sum_
 
             position = field(4) + row0  # of this warpgroup's first row
-            num_unmasked = jnp.clip(lax.div(position + 1, jnp.int32(TILE)), 0, num_tiles)
+            # No tile past the context counts as unmasked, also for a warpgroup whose rows all lie past the chunk's end:
+            # both have to come to the zeroing of the last tile.
+            num_unmasked = jnp.clip(lax.div(jnp.minimum(position + 1, field(6)), jnp.int32(TILE)), 0, num_tiles)
             state = initial_state(ROWS, H)
             state = lax.fori_loop(0, num_unmasked, lambda i, s: step(i, s, False), state)
             acc, _, sum_ = lax.fori_loop(num_unmasked, num_tiles, lambda i, s: step(i, s, True), state)

@@ -44,7 +44,7 @@ class Case:
         lens = "+".join(map(str, self.context_lens[:6])) + ("..." if len(self.context_lens) > 6 else "")
         chunks = "" if self.chunk_lens is None else " chunks " + "+".join(map(str, self.chunk_lens[:6]))
         n, k, h = self.heads
-        return f"{lens}{chunks} heads {n}/{k}x{h} page {self.page_size} {self.dtype}"
+        return f"{lens}{chunks} heads {n}/{k}x{h} page {self.page_size} {self.dtype} seed {self.seed}"
 
 
 def make(case: Case) -> dict[str, np.ndarray]:
@@ -130,4 +130,6 @@ def prefill_cases(most: int) -> list[Case]:
         for dim in (64, 128)
     ]
     aligned = Case((256, 300), chunk_lens=(256, 128), heads=(4, 2, 128), page_size=64, extra_rows=128)
-    return [*by_heads, *by_page, aligned, Case(contexts, dtype="float16", extra_width=0, **shape)]
+    # Few rows late in a prompt: the block's second warpgroup has none, at positions past the context.
+    few_late = Case((120, 200, 301), chunk_lens=(20, 1, 3), page_size=64, extra_width=0)
+    return [*by_heads, *by_page, aligned, few_late, Case(contexts, dtype="float16", extra_width=0, **shape)]
