@@ -356,3 +356,11 @@ def test_lost_slots_and_requests_are_noticed():
         break_it(s)
         with pytest.raises(RuntimeError, match=message):
             s.check_integrity()
+
+
+def test_running_requests_keep_pages_to_grow_into():
+    s = scheduler(num_pages=7)
+    add(s, request("a", 3), request("b", 3), request("c", 16))
+    assert step(s) == [("a", 0, 3, True), ("b", 0, 3, True)]  # c would take the last four pages
+    s.abort("b")
+    assert step(s) == ["a", ("c", 0, 16, True)]
