@@ -67,10 +67,10 @@ def load_params(
             bar.update(sum(tensors[name].nbytes for name in rules[i].shapes))
             return i, array
 
-        largest_first = sorted(range(len(leaves)), key=lambda i: -leaves[i].size)
+        longest_first = sorted(range(len(leaves)), key=lambda i: modeldef.paths[i].startswith("layers."))
         pool = ThreadPoolExecutor(NUM_READERS, "qjax-load")
         try:
-            arrays = dict(pool.map(load, largest_first))
+            arrays = dict(pool.map(load, longest_first))
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure (device memory is full), do not load the rest first
     return tuple(arrays[i] for i in range(len(leaves)))

@@ -4,7 +4,6 @@ import functools
 from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qjax import sharding
@@ -93,8 +92,3 @@ class Stepper:
 @functools.cache
 def mesh_of(tensor_parallel_size: int) -> jax.sharding.Mesh:
     return sharding.make_mesh(tensor_parallel_size)
-
-
-def scaled(leaves: tuple[jax.Array, ...], factor: float) -> tuple[jax.Array, ...]:
-    """Dummy weights large enough that attention is no mean and every weight shows in the logits."""
-    return tuple(leaf * jnp.asarray(factor, leaf.dtype) if leaf.ndim > 1 else leaf for leaf in leaves)

@@ -6,14 +6,17 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from qjax import sharding
 from qjax.checkpoint.safetensors import load_params
 from qjax.models.config import ModelConfig
-from qjax.models.qwen3 import abstract_model, merge, split
+from qjax.models.qwen3 import Qwen3ForCausalLM, abstract_model, merge, split
 from tests.models.stepper import Stepper, mesh_of
+from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 EXPECTED = np.load(GOLDEN / "expected.npz")
@@ -135,6 +138,17 @@ def test_leaves_are_few_named_and_in_one_order():
         modeldef, leaves = split(merge(stepper.modeldef, stepper.leaves))
     assert modeldef.paths == paths
     assert all(a is b for a, b in zip(leaves, stepper.leaves, strict=True))
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_model_built_with_random_weights_is_the_abstract_one_filled(tp):
+    config = ModelConfig.from_hf(TINY)
+    abstract, shapes = abstract_model(config, "bfloat16", mesh_of(tp))
+    with jax.set_mesh(mesh_of(tp)):
+        model = Qwen3ForCausalLM(config, dtype=jnp.bfloat16, tensor_parallel_size=tp, rngs=nnx.Rngs(0))
+    modeldef, leaves = split(model)
+    assert modeldef == abstract and hash(modeldef) == hash(abstract)
+    assert [(x.shape, x.dtype, x.sharding) for x in leaves] == [(x.shape, x.dtype, x.sharding) for x in shapes]
 
 
 def test_layers_stay_in_order_past_ten():
