@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
+
 from qjax.kernels import dispatch as module
 from qjax.kernels.dispatch import dispatch, is_hopper
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from qjax.kernels.kv_write import kv_write
 from qjax.kernels.paged_attention import paged_decode
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
 from qjax.kernels.paged_attention import paged_decode, paged_prefill
 from qjax.kernels.paged_attention.reference import paged_prefill_ref
-
 from tests.kernels.cases import LAYER, Case, decode_cases, is_close, make, oracle, prefill_cases
 
 DECODE = decode_cases(most=77)
