@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from tqdm import tqdm
 
@@ -97,7 +97,8 @@ class LLM:
         Raises:
           ValueError: wrong messages, or a prompt that cannot be served.
         """
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        is_one = bool(messages) and isinstance(messages[0], dict)
+        conversations = cast("list[Messages]", [messages] if is_one else list(messages))
         prompts = [
             self.engine.tokenizer.apply_chat_template(
                 conversation,
@@ -145,9 +146,10 @@ class LLM:
                 "a prompt is a text, a list of token ids, or a dict with 'prompt' or 'prompt_token_ids' (and "
                 f"'cache_salt'); got a dict with {sorted(prompt)}."
             )
-        text = prompt.get("prompt")
         token_ids = prompt.get("prompt_token_ids")
-        return text, token_ids or self.engine.tokenizer.encode(text), prompt.get("cache_salt")
+        if token_ids is None:
+            token_ids = self.engine.tokenizer.encode(prompt["prompt"])
+        return prompt.get("prompt"), token_ids, prompt.get("cache_salt")
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         """Steps until all have ended, putting the deltas together."""
@@ -178,9 +180,8 @@ class LLM:
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str | dict) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)
+    is_one = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
+    return cast("list[Prompt]", [prompts] if is_one else list(prompts))
 
 
 def _merge(old: RequestOutput | None, new: RequestOutput) -> RequestOutput:

@@ -131,7 +131,7 @@ class Engine:
         room = self.max_model_len - len(prompt_token_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        bad_words = bad_words_token_ids(params.bad_words, self.tokenizer.encode)
+        bad_words = bad_words_token_ids(params.bad_words or [], self.tokenizer.encode)
         group = _Group(request_id, prompt, [])
         for index in range(params.n):
             request = Request(
@@ -140,7 +140,7 @@ class Engine:
                 params=params,
                 max_tokens=min(params.max_tokens or room, room),
                 eos_token_ids=eos,
-                stop_token_ids=frozenset(params.stop_token_ids),
+                stop_token_ids=frozenset(params.stop_token_ids or []),
                 seed=seed + index,
                 bad_words_token_ids=bad_words,
                 arrival_time=time.monotonic(),
@@ -198,22 +198,22 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it. Returns what is new, as deltas."""
-        if self._flight is not None and any(needs_text(r) for r in self.scheduler.running):
-            touched = self._update()  # the next step's bans depend on the token in flight
-        else:
-            touched = {}
+        touched: dict[_Group, None] = {}
+        if any(needs_text(request) for request in self.scheduler.running):
+            touched |= self._update()  # the next step's bans depend on the token in flight
         batch = self.scheduler.schedule()
         flight = None if batch.is_empty else self.runner.dispatch(batch)
-        if self._flight is not None:
-            touched |= self._update()
+        touched |= self._update()
         self._flight = flight
         if not self._groups and self._flight is None:
             self.pool.check_integrity()
         return [output for group in touched if (output := self._emit(group)) is not None]
 
     def _update(self) -> dict[_Group, None]:
-        """Reads the step in flight. Returns the groups that have something new, in order."""
+        """Reads the step in flight, if there is one. Returns the groups that have something new, in order."""
         flight, self._flight = self._flight, None
+        if flight is None:
+            return {}
         result = self.runner.collect(flight)
         touched: dict[_Group, None] = {}
         for i, rows in result.prompt_logprobs.items():
@@ -224,8 +224,10 @@ class Engine:
                 sampled[chunk.request] = result.logprobs[i]
         accepted = dict(self.scheduler.update(flight.batch, result.token_ids))
         for chunk in flight.batch.sampling:
-            group, answer = self._answers.get(chunk.request.request_id, (None, None))
-            if answer is None or answer.request is not chunk.request or answer.is_reported:
+            if chunk.request.request_id not in self._answers:
+                continue
+            group, answer = self._answers[chunk.request.request_id]
+            if answer.request is not chunk.request or answer.is_reported:
                 continue
             if accepted.get(chunk.request, -1) >= 0:
                 self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
@@ -238,7 +240,7 @@ class Engine:
         """Adds a token to an answer's delta, and ends the answer where a stop string completes."""
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
-        if logprobs is not None:
+        if logprobs is not None and params.logprobs is not None:
             answer.cumulative_logprob += logprobs.logprob
             answer.logprobs.append(self._logprob_dict(token_id, logprobs, params.logprobs))
         ended_by_id = request.is_finished and token_id in request.stop_token_ids | request.eos_token_ids

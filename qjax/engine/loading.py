@@ -45,21 +45,13 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
       ValueError: a wrong option or checkpoint; the message names it.
     """
     on_phase("reading the checkpoint")
-    folder = hub.resolve(
-        config.model,
-        revision=config.revision,
-        token=config.hf_token,
-        download_dir=config.download_dir,
-        need_weights=config.load_format != "dummy",
-        progress=progress,
-    )
+    where: dict[str, Any] = {"token": config.hf_token, "download_dir": config.download_dir, "progress": progress}
+    folder = hub.resolve(config.model, revision=config.revision, need_weights=False, **where)
     hf_config = apply_overrides(_read_json(folder / "config.json"), config.hf_overrides, config.rope_scaling)
     model_config = ModelConfig.from_hf(hf_config)
     tokenizer_folder = folder
     if config.tokenizer is not None:
-        tokenizer_folder = hub.resolve(
-            config.tokenizer, token=config.hf_token, download_dir=config.download_dir, need_weights=False
-        )
+        tokenizer_folder = hub.resolve(config.tokenizer, need_config=False, need_weights=False, **where)
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
     defaults, eos_token_ids = _generation_config(config, folder, model_config)
 
@@ -69,12 +61,13 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     log.info("%s", sizes.table())
     mesh = make_mesh(config.tensor_parallel_size, devices)
 
-    on_phase("loading the weights")
+    on_phase("downloading and loading the weights")
     dtype = jnp.dtype(sizes.dtype)
     modeldef, abstract = abstract_model(model_config, dtype, mesh)
     if config.load_format == "dummy":
         leaves = dummy_params(abstract, modeldef, seed=config.seed)
     else:
+        folder = hub.resolve(config.model, revision=config.revision, **where)
         leaves = load_params(folder, model_config, mesh, dtype, progress=progress)
     return Loaded(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -157,12 +158,12 @@ class Runner:
     def _admit(self, batch: ScheduledBatch) -> None:
         """Starts the state of requests that came into a slot."""
         for chunk in batch.prefills:
-            request, slot = chunk.request, self.slots[chunk.request.slot]
+            request, slot = chunk.request, self.slots[chunk.slot]
             if slot.request is request and slot.admission == request.num_preemptions:
                 continue
-            self.slots[request.slot] = _Slot(request, request.num_preemptions)
+            self.slots[chunk.slot] = _Slot(request, request.num_preemptions)
             p = request.params
-            row = {
+            row: dict[str, Any] = {
                 "temperature": p.temperature,
                 "top_p": p.top_p,
                 "min_p": p.min_p,
@@ -173,11 +174,11 @@ class Runner:
                 "frequency": p.frequency_penalty,
             }
             for name, value in row.items():
-                self.params[name][request.slot] = value
+                self.params[name][chunk.slot] = value
             if has_penalties(request):
-                self._start_counts(request)
+                self._start_counts(chunk.slot, request)
 
-    def _start_counts(self, request: Request) -> None:
+    def _start_counts(self, slot: int, request: Request) -> None:
         vocab = self.model_config.vocab_size
         if self.counts is None:
             shape = (self.plan.max_num_seqs + 1, vocab)
@@ -188,7 +189,7 @@ class Runner:
             return np.array(ids + [vocab] * (size - len(ids)), np.int32)
 
         prompt, output = padded(request.prompt_token_ids), padded(request.output_token_ids)
-        self.counts = write_counts(self.counts, np.int32(request.slot), prompt, output)
+        self.counts = write_counts(self.counts, np.int32(slot), prompt, output)
 
     def _options(self, batch: ScheduledBatch) -> StepOptions:
         requests = [chunk.request for chunk in batch.sampling]
@@ -218,7 +219,7 @@ class Runner:
         rows = list(range(len(batch.decodes)))
         if batch.decodes:
             n = len(batch.decodes)
-            slots = [chunk.request.slot for chunk in batch.decodes]
+            slots = [chunk.slot for chunk in batch.decodes]
             fields["decode_slots"][:n] = slots
             fields["sample_slots"][:n] = slots
             fields["decode_lens"][:n] = [chunk.start + 1 for chunk in batch.decodes]
@@ -226,12 +227,12 @@ class Runner:
         for i, chunk in enumerate(batch.prefills):
             request, end = chunk.request, start + chunk.num_tokens
             fields["token_ids"][start:end] = request.tokens(chunk.start, chunk.start + chunk.num_tokens)
-            fields["prefill_slots"][i] = request.slot
+            fields["prefill_slots"][i] = chunk.slot
             fields["prefill_lens"][i] = chunk.start + chunk.num_tokens
             fields["query_starts"][i] = start
             if chunk.samples:
                 rows.append(bucket.num_decodes + i)
-                fields["sample_slots"][bucket.num_decodes + i] = request.slot
+                fields["sample_slots"][bucket.num_decodes + i] = chunk.slot
             if "targets" in fields:
                 targets = request.tokens(
                     chunk.start + 1, min(chunk.start + chunk.num_tokens + 1, request.num_known_tokens)
@@ -243,12 +244,12 @@ class Runner:
 
     def _fill_table(self, fields: dict[str, np.ndarray], batch: ScheduledBatch, layout: Layout) -> None:
         """Tells the device of pages that its page table does not have yet."""
-        updates = []
+        updates: list[tuple[int, int, int]] = []
         for chunk in [*batch.decodes, *batch.prefills]:
-            request, slot = chunk.request, self.slots[chunk.request.slot]
+            request, slot = chunk.request, self.slots[chunk.slot]
             if len(request.page_ids) > slot.num_pages:
                 updates += [
-                    (request.slot, column, request.page_ids[column])
+                    (chunk.slot, column, request.page_ids[column])
                     for column in range(slot.num_pages, len(request.page_ids))
                 ]
                 slot.num_pages = len(request.page_ids)
@@ -324,12 +325,12 @@ class Runner:
     def _lower(self, bucket: Bucket, options: StepOptions):
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
         packed_size = Layout(bucket, options, self.plan.page_size).size
-        counts = None
+        counts: Any = None
         if options.penalties:
             shape = (self.plan.max_num_seqs + 1, self.model_config.vocab_size)
-            counts = TokenCounts(
-                jax.ShapeDtypeStruct(shape, jnp.int16, sharding=self.replicated),
-                jax.ShapeDtypeStruct(shape, jnp.bool_, sharding=self.replicated),
+            made = lambda: TokenCounts(jnp.zeros(shape, jnp.int16), jnp.zeros(shape, jnp.bool_))
+            counts = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), jax.eval_shape(made)
             )
         run = jax.jit(partial(step, self.modeldef, bucket, options, self.plan.page_size), donate_argnums=(1, 2, 3))
         with jax.set_mesh(self.mesh):

@@ -58,6 +58,13 @@ class ScheduledChunk:
     def end(self) -> int:
         return self.start + self.num_tokens
 
+    @property
+    def slot(self) -> int:
+        """Of the request; it has one as long as the batch is not dispatched."""
+        if self.request.slot is None:
+            raise RuntimeError(f"request {self.request.request_id!r} is in a step but holds no slot.")
+        return self.request.slot
+
 
 @dataclass(frozen=True)
 class ScheduledBatch:

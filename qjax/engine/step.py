@@ -195,7 +195,8 @@ def _batch(meta, bucket: Bucket, page_size: int, page_table, last_tokens):
         lens, starts = meta["prefill_lens"], meta["query_starts"]
         prefill = PrefillMetadata(pages(meta["prefill_slots"], lens), lens, starts)
         row = jnp.arange(bucket.num_tokens)
-        chunk = jnp.minimum(jnp.searchsorted(starts[1:], row, side="right", method="compare_all"), bucket.num_prefills - 1)
+        chunk = jnp.sum(row[:, None] >= starts[None, 1:], axis=1)  # rows of padding come after the last
+        chunk = jnp.minimum(chunk, bucket.num_prefills - 1)
         position = jnp.clip(lens[chunk] - starts[chunk + 1] + row, 0, width * page_size - 1)
         page = prefill.page_table[chunk, position // page_size]
         tokens.append(meta["token_ids"])
