@@ -182,8 +182,8 @@ class Conversation:
     def ask(self, message: str, out: TextIO, is_styled: bool) -> None:
         """Prints the answer as it comes, and remembers both.
 
-        An answer that was stopped is remembered as far as it came, but not where it was still thinking: an open
-        think block would spoil the prompts after it.
+        An answer that was stopped is remembered as far as it came, but not where it was still thinking (an open think
+        block would spoil the prompts after it) or had not begun.
 
         Raises:
           ValueError: the conversation is too long, or the template refuses it; nothing is remembered.
@@ -199,8 +199,10 @@ class Conversation:
                 started = started or time.monotonic()
                 answer, count = answer + text, count + num_tokens
                 writer.write(text)
+        if is_styled and stop.is_set and count == 0:
+            out.write("\n")  # after the terminal's own ^C
         writer.close()
-        if THINK not in answer or END_THINK in answer:
+        if count > 0 and (THINK not in answer or END_THINK in answer):
             self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
         if is_styled:
             seconds = time.monotonic() - (started or 0)
