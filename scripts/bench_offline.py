@@ -19,7 +19,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokenizer", required=True, help="any tokenizer folder: it is loaded, not used")
-    parser.add_argument("--what", default="latency,decode,prefill,throughput")
+    parser.add_argument("--what", default="latency,decode,sampled,prefill,throughput")
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
@@ -27,9 +27,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tp", type=int, default=1, help="tensor_parallel_size")
     parser.add_argument("--batches", default="1,8,32,128,256")
+    parser.add_argument("--sampled-batches", default="32", help="batches of the figure 'sampled'")
     parser.add_argument("--prefill", default="1x2048,16x2048,8x512,32x512")
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--out-len", type=int, default=257, help="tokens of each answer in the decode figures")
+    parser.add_argument("--enforce-eager", action="store_true", help="compile at first use, in each figure's warm-up")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--out", default="", help="append the JSON lines to this file")
     return parser.parse_args()
@@ -64,8 +66,9 @@ def main() -> None:
         kv_cache_memory_bytes=args.kv_cache_memory_bytes,
         tensor_parallel_size=args.tp,
         enable_prefix_caching=False,
-        enforce_eager=True,  # the warm-up of each figure compiles just the shapes that it needs
+        enforce_eager=args.enforce_eager,
         generation_config="vllm",
+        override_generation_config={"temperature": 0.0},  # what is compiled ahead: the figures are greedy
     )
     plan = llm.engine.plan
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
@@ -85,8 +88,9 @@ def main() -> None:
     def prompt(num_tokens: int) -> list[int]:
         return [rng.randrange(0, 10000) for _ in range(num_tokens)]
 
-    def params(num_tokens: int) -> SamplingParams:
-        return SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=num_tokens, detokenize=False)
+    def params(num_tokens: int, **sampling) -> SamplingParams:
+        sampling = {"temperature": 0.0} | sampling
+        return SamplingParams(ignore_eos=True, max_tokens=num_tokens, detokenize=False, **sampling)
 
     def run(prompts: list[list[int]], sampling_params) -> tuple[float, int]:
         start = time.perf_counter()
@@ -114,15 +118,17 @@ def main() -> None:
             raw=raw,
         )
 
-    if "decode" in what:
-        steps = args.out_len - 1
-        for batch in (int(b) for b in args.batches.split(",")):
+    # Qwen3's own sampling values, beside the greedy figures.
+    decode = {"decode": {}, "sampled": {"temperature": 0.6, "top_k": 20, "top_p": 0.95}}
+    for kind in decode.keys() & what:
+        steps, sampling = args.out_len - 1, decode[kind]
+        for batch in (int(b) for b in (args.batches if kind == "decode" else args.sampled_batches).split(",")):
             prompts = [prompt(128) for _ in range(batch)]
-            first, raw_first, _ = median(lambda p=prompts: run(p, params(1)))
-            total, raw, _ = median(lambda p=prompts: run(p, params(args.out_len)))
+            first, raw_first, _ = median(lambda p=prompts, s=sampling: run(p, params(1, **s)))
+            total, raw, _ = median(lambda p=prompts, s=sampling: run(p, params(args.out_len, **s)))
             step = (total - first) / steps
             say(
-                figure=f"decode_b{batch}_in128_out{args.out_len}",
+                figure=f"{kind}_b{batch}_in128_out{args.out_len}",
                 ms_per_step=round(step * 1e3, 4),
                 tok_s=round(batch / step, 1),
                 raw=raw,

@@ -11,7 +11,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 LOG2E = math.log2(math.e)
 MASKED = -1e30
 NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # what wgmma reads, for 2-byte types
+# What wgmma reads, for 2-byte types. (jax's classes have a method without a body, which mypy takes for abstract.)
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
 

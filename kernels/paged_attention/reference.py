@@ -109,7 +109,7 @@ def _attend(
         acc = acc * decay + _einsum("BKRC,BKCH->BKRH", p, v)
         return acc, new_max, sum_ * decay + p.sum(-1, keepdims=True)
 
-    carry = (jnp.zeros((B, K, R, H)), jnp.full((B, K, R, 1), MASKED), jnp.zeros((B, K, R, 1)))
-    carry = tuple(c.astype(jnp.float32) for c in carry)
+    zeros = lambda size: jnp.zeros((B, K, R, size), jnp.float32)
+    carry = (zeros(H), zeros(1) + MASKED, zeros(1))
     acc, _, sum_ = lax.fori_loop(0, -(-jnp.max(end) // (block * S)), step, carry)
     return (acc / jnp.where(sum_ == 0, 1, sum_)).astype(kv.dtype)

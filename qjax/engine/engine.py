@@ -13,8 +13,9 @@ from qjax.engine.block_pool import BlockPool
 from qjax.engine.loading import load
 from qjax.engine.logit_edits import bad_words_token_ids, needs_text
 from qjax.engine.request import Request
-from qjax.engine.runner import InFlight, Logprobs, Runner, StepOptions
+from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
+from qjax.engine.step import StepOptions
 from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.detokenizer import Detokenizer
@@ -84,8 +85,9 @@ class Engine:
         self._seeds = random.Random(config.seed)
         if self.plan.is_gpu and not config.enforce_eager:
             on_phase("compiling")
-            is_greedy = SamplingParams.from_defaults(self.default_sampling_params).is_greedy
-            self.runner.compile_ahead([StepOptions(sampling=not is_greedy)], progress=progress)
+            defaults = SamplingParams.from_defaults(self.default_sampling_params)
+            usual = StepOptions(sampling=not defaults.is_greedy, filtering=is_filtered(defaults))
+            self.runner.compile_ahead([usual], progress=progress)
 
     @property
     def max_model_len(self) -> int:

@@ -27,6 +27,7 @@ from qjax.engine.scheduler import ScheduledBatch
 from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import ModelDef
+from qjax.sampling_params import SamplingParams
 
 log = logging.getLogger("qjax")
 
@@ -198,6 +199,7 @@ class Runner:
         prompt_logprobs = [c.request.params.prompt_logprobs for c in batch.prefills]
         return StepOptions(
             sampling=any(not r.params.is_greedy for r in requests),
+            filtering=any(is_filtered(r.params) for r in requests),
             penalties=any(has_penalties(r) for r in requests),
             num_edits=next((n for n in (0, *EDIT_SIZES) if n >= longest), self.model_config.vocab_size),
             num_logprobs=self._num_logprobs(logprobs),
@@ -341,6 +343,10 @@ class Runner:
                 counts,
                 jax.ShapeDtypeStruct((packed_size,), jnp.int32, sharding=self.replicated),
             )
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    return not params.is_greedy and (params.top_k > 0 or params.top_p < 1.0)
 
 
 def has_penalties(request: Request) -> bool:

@@ -25,8 +25,8 @@ class SamplingBatch:
     """Sampling options of R rows."""
 
     temperature: jax.Array  # float32 [R]; 0: greedy
-    top_k: jax.Array  # int32 [R]; 0: off
-    top_p: jax.Array  # float32 [R]; 1: off
+    top_k: jax.Array | None  # int32 [R]; 0: off; None: off in all rows, which saves 32 passes
+    top_p: jax.Array | None  # float32 [R]; 1: off; None likewise
     min_p: jax.Array  # float32 [R]; 0: off
     seeds: jax.Array  # uint32 [R, 2] high and low half of a 64-bit seed, see `split_seed`
     counters: jax.Array  # int32 [R] position of the token sampled: the number of tokens before it
@@ -111,15 +111,10 @@ def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     Returns:
       int32 [R] token ids; -1 where the logits are NaN or +inf, or all -inf.
     """
-    is_random = batch.temperature > 0
-    likeliest = jnp.argmax(logits, axis=-1)
-
-    def draw():
-        z, keep = kept_tokens(logits, batch)
-        noise = _gumbel(batch.seeds, batch.counters, logits.shape[1])
-        return jnp.where(is_random, jnp.argmax(jnp.where(keep, z + noise, -jnp.inf), axis=-1), likeliest)
-
-    return _or_error(lax.cond(jnp.any(is_random), draw, lambda: likeliest), logits)
+    z, keep = kept_tokens(logits, batch)
+    noise = _gumbel(batch.seeds, batch.counters, logits.shape[1])
+    drawn = jnp.argmax(jnp.where(keep, z + noise, -jnp.inf), axis=-1)
+    return _or_error(jnp.where(batch.temperature > 0, drawn, jnp.argmax(logits, axis=-1)), logits)
 
 
 def kept_tokens(logits: jax.Array, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
@@ -134,16 +129,15 @@ def kept_tokens(logits: jax.Array, batch: SamplingBatch) -> tuple[jax.Array, jax
     z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]  # [R, V], at most 0
     keep = z >= jnp.log(jnp.where(is_random, batch.min_p, 0.0))[:, None]
 
+    # Whether a filter is needed is decided by the host (None): a `lax.cond` would make it wait for the device.
     keys = _sort_keys(logits)
-    top_k = jnp.where(is_random & (batch.top_k < logits.shape[1]), batch.top_k, 0)
-    threshold = lax.cond(jnp.any(top_k > 0), _top_k_threshold, lambda keys, k: _nothing_dropped(k), keys, top_k)
-    keep &= keys >= threshold[:, None]
-
-    top_p = jnp.where(is_random, batch.top_p, 1.0)
-    threshold = lax.cond(
-        jnp.any(top_p < 1.0), _top_p_threshold, lambda keys, z, keep, p: _nothing_dropped(p), keys, z, keep, top_p
-    )
-    return z, keep & (keys >= threshold[:, None])
+    if batch.top_k is not None:
+        top_k = jnp.where(is_random & (batch.top_k < logits.shape[1]), batch.top_k, 0)
+        keep &= keys >= _top_k_threshold(keys, top_k)[:, None]
+    if batch.top_p is not None:
+        top_p = jnp.where(is_random, batch.top_p, 1.0)
+        keep &= keys >= _top_p_threshold(keys, z, keep, top_p)[:, None]
+    return z, keep
 
 
 def logprobs_of(logits: jax.Array, tokens: jax.Array, num: int) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -177,10 +171,6 @@ def _sort_keys(logits: jax.Array) -> jax.Array:
     negative ones flip all bits. -0 is made 0 first, as the two are equal."""
     bits = lax.bitcast_convert_type(jnp.where(logits == 0, 0.0, logits), jnp.uint32)
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
-
-
-def _nothing_dropped(per_row: jax.Array) -> jax.Array:
-    return jnp.zeros(per_row.shape, jnp.uint32)
 
 
 def _largest_threshold(is_enough, num_rows: int) -> jax.Array:

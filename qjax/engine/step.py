@@ -33,6 +33,7 @@ class StepOptions:
     """What a compiled step can do besides the greedy choice. Static: each combination is a compilation."""
 
     sampling: bool = False  # some row has a temperature
+    filtering: bool = False  # and some row has top_k or top_p
     penalties: bool = False
     num_edits: int = 0  # M: logit edits a row (bias, allowed and banned tokens)
     num_logprobs: int | None = None  # likeliest tokens returned a row; None: no logprobs at all
@@ -75,8 +76,10 @@ class Layout:
             "sample_slots": ((rows,), np.int32),  # where the sampled token is remembered
         }
         if options.sampling:
-            fields |= dict.fromkeys(("temperature", "top_p", "min_p"), ((rows,), np.float32))
-            fields |= {"top_k": ((rows,), np.int32), "seeds": ((rows, 2), np.uint32)}
+            fields |= dict.fromkeys(("temperature", "min_p"), ((rows,), np.float32))
+            fields["seeds"] = ((rows, 2), np.uint32)
+        if options.filtering:
+            fields |= {"top_p": ((rows,), np.float32), "top_k": ((rows,), np.int32)}
         if options.penalties:
             fields |= dict.fromkeys(("repetition", "presence", "frequency"), ((rows,), np.float32))
         if options.num_edits:
@@ -143,8 +146,8 @@ def step(
     if options.sampling:
         params = SamplingBatch(
             temperature=meta["temperature"],
-            top_k=meta["top_k"],
-            top_p=meta["top_p"],
+            top_k=meta.get("top_k"),
+            top_p=meta.get("top_p"),
             min_p=meta["min_p"],
             seeds=meta["seeds"],
             counters=lengths,
