@@ -110,6 +110,8 @@ def _run(argv: list[str]) -> int:
 
 
 def _start_logging(form: str) -> None:
+    # XLA's own warnings (of the compiler's estimates) are for its developers. Read when jaxlib is imported.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     level = os.environ.get("QJAX_LOG_LEVEL", "info").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError(f"QJAX_LOG_LEVEL must be debug, info, warning or error, got {level.lower()!r}.")

@@ -135,7 +135,7 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
     else:
         from qjax.engine import loading  # imports jax
 
-        device = loading._describe(loading.start_devices(config)[0], config)
+        device = loading.describe_device(loading.start_devices(config)[0])
     print(plan(config, model, device).table())
 
 

@@ -7,6 +7,7 @@ called from one event loop.
 import asyncio
 import logging
 import queue
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -166,7 +167,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            self._engine = Engine(self.config, on_phase=self._set_phase)
+            self._engine = Engine(self.config, progress=sys.stderr.isatty(), on_phase=self._set_phase)
             self._set_phase("ready")
             self._loop.call_soon_threadsafe(self._ready.set_result, None)
             while self._take_inbox():

@@ -207,8 +207,8 @@ class Engine:
         flight = None if batch.is_empty else self.runner.dispatch(batch)
         touched |= self._update()
         self._flight = flight
-        if not self._groups and self._flight is None:
-            self.pool.check_integrity()
+        if not self.has_work:
+            self.scheduler.check_integrity()
         return [output for group in touched if (output := self._emit(group)) is not None]
 
     def _update(self) -> dict[_Group, None]:

@@ -57,7 +57,7 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
 
     on_phase("starting the devices")
     devices = start_devices(config)
-    sizes = plan(config, model_config, _describe(devices[0], config))
+    sizes = plan(config, model_config, describe_device(devices[0]))
     log.info("%s", sizes.table())
     mesh = make_mesh(config.tensor_parallel_size, devices)
 
@@ -89,7 +89,8 @@ def start_devices(config: EngineConfig) -> list[jax.Device]:
     return devices[: config.tensor_parallel_size]
 
 
-def _describe(device: jax.Device, config: EngineConfig) -> Device:
+def describe_device(device: jax.Device) -> Device:
+    """What the memory plan must know; the device's memory that is still free counts."""
     if device.platform == "cpu":
         return Device("cpu")
     # jax's pool was sized by XLA_PYTHON_CLIENT_MEM_FRACTION; in a notebook it may be older and hold arrays already.

@@ -32,6 +32,7 @@ class Plan:
     page_size: int  # S
     num_pages: int  # P, the null page included
     max_model_len: int
+    max_context_len: int  # of the model
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_prefills: int
@@ -49,6 +50,11 @@ class Plan:
     def kv_capacity_tokens(self) -> int:
         return (self.num_pages - 1) * self.page_size
 
+    @property
+    def longest_context(self) -> int:
+        """The highest --max-model-len of this model and this memory."""
+        return min(self.max_context_len, self.kv_capacity_tokens)
+
     def table(self) -> str:
         """The lines that start-up prints before loading."""
         total = self.weights_bytes + self.activation_bytes + self.kv_bytes
@@ -59,6 +65,7 @@ class Plan:
             f"+ KV cache {self.kv_bytes / GIB:.2f} = {total / GIB:.2f}{of}\n"
             f"KV cache: {self.num_pages - 1} pages of {self.page_size} tokens = {self.kv_capacity_tokens} tokens, "
             f"{self.kv_capacity_tokens / self.max_model_len:.1f} requests of the full length of {self.max_model_len}; "
+            f"the longest context that fits: {self.longest_context}; "
             f"up to {self.max_num_seqs} requests at a time, {self.max_num_batched_tokens} tokens a step"
         )
 
@@ -123,6 +130,7 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
         page_size=page_size,
         num_pages=num_pages,
         max_model_len=max_model_len,
+        max_context_len=model.max_context_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_prefills=min(MAX_PREFILLS, max_num_seqs),

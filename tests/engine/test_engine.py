@@ -1,11 +1,13 @@
 """The engine end to end on a tiny model: texts alone and in a crowd, stopping, sampling options, memory pressure."""
 
 import itertools
+import shutil
 
 import jax.numpy as jnp
 import pytest
 
 from qjax import SamplingParams
+from qjax.checkpoint.safetensors import save_params
 from tests.engine.conftest import make_llm
 
 PROMPTS = [
@@ -258,3 +260,16 @@ def test_one_compilation_a_shape(llm):
     before = llm.engine.runner.compiles.count
     llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert llm.engine.runner.compiles.count == before
+
+
+@pytest.mark.parametrize("tensor_parallel_size", [2, 4])
+def test_tensor_parallel_gives_the_same_text(tiny_folder, llm, alone, tensor_parallel_size):
+    """On fake CPU devices; with 4 devices and 2 KV heads, each head is held twice."""
+    weights = tiny_folder.parent / "weights"
+    if not weights.exists():
+        shutil.copytree(tiny_folder, weights)
+        runner = llm.engine.runner
+        save_params(runner.leaves, llm.engine.model_config, weights, runner.mesh)
+    split = make_llm(weights, load_format="auto", tensor_parallel_size=tensor_parallel_size)
+    assert split.engine.runner.kv.sharding.num_devices == tensor_parallel_size
+    assert ids(split.generate(PROMPTS, GREEDY, use_tqdm=False)) == alone
