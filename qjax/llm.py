@@ -63,6 +63,8 @@ class LLM:
             text, token_ids, cache_salt = self._parse(prompt)
             request_id = str(next(self._ids))
             self.engine.check_request(request_id, token_ids, param)
+            if param.structured_outputs is not None:
+                self.engine.grammars.compile(param.structured_outputs)
             requests.append((request_id, token_ids, param, text, cache_salt))
         for i, (request_id, token_ids, param, text, cache_salt) in enumerate(requests):
             self.engine.add_request(

@@ -8,6 +8,42 @@ MIN_TEMPERATURE = 1e-2  # lower temperatures overflow: raised to this, as in vLL
 
 
 @dataclass(frozen=True)
+class StructuredOutputsParams:
+    """What an answer must obey. Exactly one of the first five is set.
+
+    Args:
+      json: JSON schema, as an object or as text.
+      regex: regular expression (Rust's syntax) that the whole answer matches.
+      choice: the answer is one of these texts.
+      grammar: context-free grammar, Lark or GBNF.
+      json_object: any JSON object.
+      after_thinking: a think block may stand before it, and is free; `LLM.chat` and the chat endpoint set it.
+
+    Raises:
+      ValueError: none or several are set, or one is of the wrong type.
+    """
+
+    json: dict[str, Any] | str | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool = False
+    after_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = ("json", "regex", "choice", "grammar", "json_object")
+        given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
+        if len(given) != 1:
+            raise ValueError(f"structured_outputs needs exactly one of {', '.join(kinds)}, got {given or 'none'}.")
+        for kind in ("regex", "grammar"):
+            if not isinstance(getattr(self, kind), str | None):
+                raise ValueError(f"structured_outputs.{kind} must be a string, got {getattr(self, kind)!r}.")
+        is_texts = isinstance(self.choice, list) and self.choice and all(isinstance(c, str) and c for c in self.choice)
+        if self.choice is not None and not is_texts:
+            raise ValueError(f"structured_outputs.choice must be a list of non-empty strings, got {self.choice!r}.")
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """Sampling options of one request.
 
@@ -33,6 +69,7 @@ class SamplingParams:
       logit_bias: token id -> number added to its logit.
       allowed_token_ids: only these tokens are sampled.
       bad_words: strings that are never generated.
+      structured_outputs: a schema, regex, choice or grammar that the answer obeys.
 
     Raises:
       ValueError: an option is out of range; the message names it.
@@ -60,6 +97,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)

@@ -124,6 +124,9 @@ class AsyncEngine:
         if request_id in self._streams:
             raise ValueError(f"request_id {request_id!r} is in use by a running request.")
         self.engine.check_request(request_id, prompt_token_ids, params)
+        if params.structured_outputs is not None:
+            # A slow grammar keeps neither the loop nor the engine's thread from others; that finds it in the cache.
+            await asyncio.to_thread(self.engine.grammars.compile, params.structured_outputs)
         stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
         self._streams[request_id] = stream
 

@@ -19,6 +19,7 @@ from qjax.engine.step import StepOptions
 from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.detokenizer import Detokenizer
+from qjax.text.grammar import THINK_END, THINK_START, GrammarCompiler
 
 
 @dataclass(eq=False)
@@ -79,6 +80,7 @@ class Engine:
             ),
             self.pool,
         )
+        self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
         self._groups: dict[str, _Group] = {}
         self._answers: dict[str, tuple[_Group, _Answer]] = {}  # by the sequence's own id
         self._flight: InFlight | None = None
@@ -133,6 +135,8 @@ class Engine:
         room = self.max_model_len - len(prompt_token_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        grammar = self.grammars.compile(params.structured_outputs) if params.structured_outputs else None
+        is_thinking = self._leaves_thinking_open(prompt_token_ids)
         bad_words = bad_words_token_ids(params.bad_words or [], self.tokenizer.encode)
         group = _Group(request_id, prompt, [])
         for index in range(params.n):
@@ -144,6 +148,7 @@ class Engine:
                 eos_token_ids=eos,
                 stop_token_ids=frozenset(params.stop_token_ids or []),
                 seed=seed + index,
+                grammar=grammar.start(is_thinking=is_thinking) if grammar else None,
                 bad_words_token_ids=bad_words,
                 arrival_time=time.monotonic(),
                 priority=priority,
@@ -155,6 +160,13 @@ class Engine:
             group.answers.append(answer)
             self._answers[request.request_id] = (group, answer)
         self._groups[request_id] = group
+
+    def _leaves_thinking_open(self, prompt_token_ids: list[int]) -> bool:
+        start, end = (self.tokenizer.encode(tag) for tag in (THINK_START, THINK_END))
+        for token_id in reversed(prompt_token_ids):
+            if [token_id] in (start, end):
+                return [token_id] == start
+        return False
 
     def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""
@@ -242,6 +254,11 @@ class Engine:
         """Adds a token to an answer's delta, and ends the answer where a stop string completes."""
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
+        if request.grammar is not None and not request.is_finished:
+            if not request.grammar.accept(token_id):
+                self.scheduler.finish(request, "error", "the grammar was not obeyed")
+            elif request.grammar.is_finished:
+                self.scheduler.finish(request, "stop")
         if logprobs is not None and params.logprobs is not None:
             answer.cumulative_logprob += logprobs.logprob
             answer.logprobs.append(self._logprob_dict(token_id, logprobs, params.logprobs))

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from qjax.outputs import FinishReason
 from qjax.sampling_params import SamplingParams
+from qjax.text.grammar import GrammarState
 
 
 class RequestStatus(enum.Enum):
@@ -31,6 +32,7 @@ class Request:
     priority: int = 0  # lower runs earlier
     cache_salt: str | None = None
     seed: int = 0
+    grammar: GrammarState | None = None  # where the answer stands in what it must obey
     bad_words_token_ids: list[list[int]] = field(default_factory=list)  # token sequences that are never completed
 
     status: RequestStatus = RequestStatus.WAITING

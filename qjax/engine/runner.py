@@ -138,7 +138,7 @@ class Runner:
         num_tokens = sum(chunk.num_tokens for chunk in batch.prefills)
         num_pages = max(len(chunk.request.page_ids) for chunk in [*batch.decodes, *batch.prefills])
         bucket = self.buckets.choose(len(batch.decodes), num_tokens, len(batch.prefills), num_pages)
-        layout = Layout(bucket, options, self.plan.page_size)
+        layout = self._layout(bucket, options)
         packed = np.zeros(layout.size, np.int32)
         fields = layout.views(packed)
         rows = self._fill_rows(fields, batch, bucket)
@@ -202,9 +202,13 @@ class Runner:
             filtering=any(is_filtered(r.params) for r in requests),
             penalties=any(has_penalties(r) for r in requests),
             num_edits=next((n for n in (0, *EDIT_SIZES) if n >= longest), self.model_config.vocab_size),
+            masked=any(r.grammar is not None for r in requests),
             num_logprobs=self._num_logprobs(logprobs),
             num_prompt_logprobs=self._num_logprobs([n for n in prompt_logprobs if n is not None]),
         )
+
+    def _layout(self, bucket: Bucket, options: StepOptions) -> Layout:
+        return Layout(bucket, options, self.plan.page_size, self.model_config.vocab_size)
 
     def _num_logprobs(self, asked: list[int]) -> int | None:
         if not asked:
@@ -274,6 +278,11 @@ class Runner:
         for name in (*SAMPLING_FIELDS, *PENALTY_FIELDS):
             if name in fields:
                 fields[name][:] = self.params[name][slots]
+        if options.masked:
+            fields["mask"][:] = -1
+            for row, chunk in zip(rows, batch.sampling, strict=True):
+                if chunk.request.grammar is not None:
+                    chunk.request.grammar.fill(fields["mask"][row])
         if options.num_edits:
             fields["edit_ids"][:] = -1
             for row, chunk in zip(rows, batch.sampling, strict=True):
@@ -326,7 +335,7 @@ class Runner:
 
     def _lower(self, bucket: Bucket, options: StepOptions):
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        packed_size = Layout(bucket, options, self.plan.page_size).size
+        packed_size = self._layout(bucket, options).size
         counts: Any = None
         if options.penalties:
             shape = (self.plan.max_num_seqs + 1, self.model_config.vocab_size)

@@ -94,6 +94,12 @@ def greedy(logits: jax.Array) -> jax.Array:
     return _or_error(jnp.argmax(logits, axis=-1), logits)
 
 
+def apply_mask(logits: jax.Array, mask: jax.Array) -> jax.Array:
+    """Bans the tokens whose bit is 0: `mask` is int32 [R, ceil(V / 32)], token i is bit i % 32 of word i // 32."""
+    bits = mask[:, :, None] >> jnp.arange(32, dtype=jnp.int32) & 1  # [R, words, 32]
+    return jnp.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
+
+
 def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     """Samples a token for each row.
 

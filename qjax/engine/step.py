@@ -17,6 +17,7 @@ from qjax.engine.sampler import (
     PenaltyBatch,
     SamplingBatch,
     apply_logit_edits,
+    apply_mask,
     apply_penalties,
     greedy,
     logprobs_of,
@@ -36,6 +37,7 @@ class StepOptions:
     filtering: bool = False  # and some row has top_k or top_p
     penalties: bool = False
     num_edits: int = 0  # M: logit edits a row (bias, allowed and banned tokens)
+    masked: bool = False  # some row obeys a grammar
     num_logprobs: int | None = None  # likeliest tokens returned a row; None: no logprobs at all
     num_prompt_logprobs: int | None = None
 
@@ -61,7 +63,7 @@ class TokenCounts:
 class Layout:
     """Names, offsets and shapes of the fields in the packed int32 array of a step."""
 
-    def __init__(self, bucket: Bucket, options: StepOptions, page_size: int):
+    def __init__(self, bucket: Bucket, options: StepOptions, page_size: int, vocab_size: int):
         rows = bucket.num_rows
         # Room for one new page a decode row and for the prompt's own pages; what is more goes ahead of the step.
         self.num_updates = bucket.num_decodes + bucket.num_tokens // page_size + 2 * bucket.num_prefills
@@ -86,6 +88,8 @@ class Layout:
             fields["edit_ids"] = ((rows, options.num_edits), np.int32)
             fields["edit_values"] = ((rows, options.num_edits), np.float32)
             fields["only_listed"] = ((rows,), np.int32)
+        if options.masked:
+            fields["mask"] = ((rows, -(-vocab_size // 32)), np.int32)  # bit i % 32 of word i // 32: token i is allowed
         if options.num_prompt_logprobs is not None:
             fields["targets"] = ((bucket.num_tokens,), np.int32)
         self.fields: dict[str, tuple[int, tuple[int, ...], type]] = {}
@@ -125,9 +129,8 @@ def step(
       not numbers), and with logprobs [R, 3 + 2 N]: token, logprob (float bits), rank, N ids, N logprobs (float bits).
       `prompt_out` is None or int32 [Tp, 3 + 2 N] of the same form for the prompt's own next tokens.
     """
-    layout = Layout(bucket, options, page_size)
-    meta = layout.unpack(packed)
     model = merge(modeldef, leaves)
+    meta = Layout(bucket, options, page_size, model.config.vocab_size).unpack(packed)
     num_slots = state.last_tokens.shape[0] - 1
 
     updates = meta["table_updates"]
@@ -143,6 +146,8 @@ def step(
         logits = apply_penalties(logits, counts.output[rows], counts.prompt[rows], penalties)
     if options.num_edits:
         logits = apply_logit_edits(logits, meta["edit_ids"], meta["edit_values"], meta["only_listed"] != 0)
+    if options.masked:
+        logits = apply_mask(logits, meta["mask"])
     if options.sampling:
         params = SamplingBatch(
             temperature=meta["temperature"],

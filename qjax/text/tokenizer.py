@@ -94,6 +94,18 @@ class Tokenizer:
         """A token alone as text, as logprobs show it: bytes that are no whole character become U+FFFD."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    def grammar_tokenizer(self, vocab_size: int, eos_token_ids: list[int]) -> Any:
+        """llguidance's form of this tokenizer, for a model with `vocab_size` ids. Takes about a second.
+
+        Raises:
+          ValueError: llguidance is not installed.
+        """
+        try:
+            from llguidance.hf import from_tokenizer
+        except ImportError:
+            raise ValueError("structured output needs the package llguidance: pip install llguidance.") from None
+        return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=eos_token_ids or None)
+
     def bytes_table(self, skip_special_tokens: bool) -> Sequence[bytes]:
         """Token id -> bytes, for loops that cannot afford a call a token; special tokens are `b""` if skipped."""
         return self._ordinary_bytes if skip_special_tokens else self._bytes

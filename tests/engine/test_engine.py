@@ -1,6 +1,7 @@
 """The engine end to end on a tiny model: texts alone and in a crowd, stopping, sampling options, memory pressure."""
 
 import itertools
+import json
 import shutil
 
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import pytest
 
 from qjax import SamplingParams
 from qjax.checkpoint.safetensors import save_params
+from qjax.sampling_params import StructuredOutputsParams
 from tests.engine.conftest import make_llm
 
 PROMPTS = [
@@ -273,3 +275,27 @@ def test_tensor_parallel_gives_the_same_text(tiny_folder, llm, alone, tensor_par
     split = make_llm(weights, load_format="auto", tensor_parallel_size=tensor_parallel_size)
     assert split.engine.runner.kv.sharding.num_devices == tensor_parallel_size
     assert ids(split.generate(PROMPTS, GREEDY, use_tqdm=False)) == alone
+
+
+def test_structured_output_obeys_beside_free_neighbours(llm, alone):
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}, "ok": {"type": "boolean"}}}
+    schema |= {"required": ["n", "ok"], "additionalProperties": False}
+    wanted = [
+        StructuredOutputsParams(json=schema),
+        StructuredOutputsParams(choice=["red", "green"]),
+        StructuredOutputsParams(regex="[0-9]{4}"),
+    ]
+    params = [
+        SamplingParams(temperature=1.0, seed=i, max_tokens=120, structured_outputs=w) for i, w in enumerate(wanted)
+    ]
+    out = llm.generate([PROMPTS[0], *PROMPTS[:3], PROMPTS[1]], [GREEDY, *params, GREEDY], use_tqdm=False)
+    value = json.loads(out[1].outputs[0].text)
+    assert set(value) == {"n", "ok"} and value["n"] <= 99
+    assert out[2].outputs[0].text in ("red", "green")
+    assert out[3].outputs[0].text.isdigit() and len(out[3].outputs[0].text) == 4
+    assert [o.outputs[0].finish_reason for o in out[1:4]] == ["stop"] * 3
+    assert ids(out)[0] == alone[0] and ids(out)[4] == alone[1]
+    with pytest.raises(ValueError, match="Invalid type"):
+        bad = StructuredOutputsParams(json={"type": "nope"})
+        llm.generate(PROMPTS[:2], [GREEDY, GREEDY.with_(structured_outputs=bad)], use_tqdm=False)
+    assert_idle(llm)

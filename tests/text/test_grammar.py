@@ -1,0 +1,156 @@
+"""Structured output without a model: what a grammar's mask allows, walked by random tokens."""
+
+import json
+import random
+import re
+
+import numpy as np
+import pytest
+
+from qjax.sampling_params import StructuredOutputsParams
+from qjax.text.grammar import MAX_CACHED, GrammarCompiler
+from qjax.text.tokenizer import Tokenizer
+from tests.text.small_tokenizer import write_small_tokenizer
+
+VOCAB = 600  # padded: the tokenizer has 512
+EOS = frozenset({486, 488})
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 12},
+        "age": {"type": "integer", "minimum": 0, "maximum": 150},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 3},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return Tokenizer.from_pretrained(write_small_tokenizer(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def compiler(tokenizer):
+    return GrammarCompiler(tokenizer, VOCAB, EOS)
+
+
+def allowed(state):
+    mask = np.zeros(-(-VOCAB // 32), np.int32)
+    state.fill(mask)
+    return [i for i in range(VOCAB) if mask[i // 32] >> (i % 32) & 1]
+
+
+def walk(state, tokenizer, rng, limit=400):
+    """Random allowed tokens until the end: the text, EOS left out."""
+    tokens = []
+    for _ in range(limit):
+        choices = allowed(state)
+        assert choices, "a grammar must always allow something"
+        token = rng.choice(choices)
+        if token in EOS:
+            break
+        tokens.append(token)
+        assert state.accept(token)
+        if state.is_finished:
+            break
+    return tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_random_walks_obey_the_schema(compiler, tokenizer, seed):
+    text = walk(compiler.compile(StructuredOutputsParams(json=SCHEMA)).start(), tokenizer, random.Random(seed))
+    value = json.loads(text)
+    assert set(value) <= {"name", "age", "tags"} and {"name", "age"} <= set(value)
+    assert 0 <= value["age"] <= 150 and len(value["name"]) <= 12
+    assert re.search(r"\s{9}", text) is None, "white space is bounded"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_regex_choice_and_grammars(compiler, tokenizer, seed):
+    rng = random.Random(seed)
+
+    def text(**kind):
+        return walk(compiler.compile(StructuredOutputsParams(**kind)).start(), tokenizer, rng)
+
+    assert re.fullmatch(r"[0-9]{3}-[a-c]+", text(regex=r"[0-9]{3}-[a-c]{1,9}"))
+    assert text(choice=["yes", "no", 'say "hi"\n', "été"]) in ("yes", "no", 'say "hi"\n', "été")
+    assert re.fullmatch(r"(ab)+", text(grammar='start: "ab" start?'))
+    assert text(grammar='root ::= "x" | "yy"') in ("x", "yy")
+    assert isinstance(json.loads(text(json='{"type": "array", "maxItems": 2, "items": {"type": "boolean"}}')), list)
+
+
+def test_an_answer_ends_where_nothing_can_follow(compiler, tokenizer):
+    state = compiler.compile(StructuredOutputsParams(choice=["yes"])).start()
+    for token in tokenizer.encode("yes"):
+        assert not state.is_finished and state.accept(token)
+    assert state.is_finished
+    open_end = compiler.compile(StructuredOutputsParams(regex="a+")).start()
+    assert EOS.isdisjoint(allowed(open_end))
+    open_end.accept(tokenizer.encode("a")[0])
+    assert not open_end.is_finished and set(allowed(open_end)) >= EOS
+
+
+def test_a_think_block_is_free_and_the_grammar_starts_after_it(compiler, tokenizer):
+    start, end = (tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
+    grammar = compiler.compile(StructuredOutputsParams(choice=["yes"], after_thinking=True))
+    hybrid = grammar.start()
+    assert start in allowed(hybrid) and tokenizer.encode("yes")[0] in allowed(hybrid)
+    hybrid.accept(start)
+    assert len(allowed(hybrid)) >= VOCAB
+    for token in [*tokenizer.encode("anything at all {["), end]:
+        assert hybrid.accept(token) and not hybrid.is_finished
+    assert start not in allowed(hybrid)
+    assert walk(hybrid, tokenizer, random.Random(0)) == "yes"
+    opened = grammar.start(is_thinking=True)
+    assert len(allowed(opened)) >= VOCAB
+    opened.accept(end)
+    assert walk(opened, tokenizer, random.Random(0)) == "yes"
+    direct = grammar.start()
+    assert walk_without(direct, tokenizer, start) == "yes"
+    constrained = compiler.compile(StructuredOutputsParams(choice=["yes"])).start()
+    assert start not in allowed(constrained)
+
+
+def walk_without(state, tokenizer, token):
+    tokens = []
+    while not state.is_finished:
+        tokens.append(next(t for t in allowed(state) if t != token))
+        state.accept(tokens[-1])
+    return tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"json": {"type": "nope"}}, "Invalid type: nope"),
+        ({"json": "{"}, "not valid JSON"),
+        ({"json": "3"}, "must be a JSON schema"),
+        ({"json": {"not": {"type": "string"}}}, "Unimplemented keys"),
+        ({"json": {"type": "string", "pattern": "(?=a)b"}}, "look-around"),
+        ({"regex": "a(b"}, "unclosed group"),
+        ({"grammar": "start: nowhere"}, "nowhere"),
+        ({"grammar": "root ::= ("}, "Grammar error"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(compiler, params, message):
+    with pytest.raises(ValueError, match=message):
+        compiler.compile(StructuredOutputsParams(**params))
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"regex": "a", "json_object": True}, {"choice": []}, {"choice": [""]}, {"regex": 3}]
+)
+def test_wrong_parameters_are_refused(params):
+    with pytest.raises(ValueError, match="structured_outputs"):
+        StructuredOutputsParams(**params)
+
+
+def test_compiled_grammars_are_kept_and_forgotten(compiler):
+    params = StructuredOutputsParams(regex="k1")
+    first = compiler.compile(params)
+    assert compiler.compile(params) is first
+    for i in range(MAX_CACHED):
+        compiler.compile(StructuredOutputsParams(regex=f"other{i}"))
+    assert compiler.compile(params) is not first
