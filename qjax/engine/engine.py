@@ -12,6 +12,7 @@ from qjax.config import EngineConfig
 from qjax.engine.block_pool import BlockPool
 from qjax.engine.loading import load
 from qjax.engine.logit_edits import bad_words_token_ids, needs_text
+from qjax.engine.metrics import Metrics
 from qjax.engine.request import Request
 from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
@@ -81,6 +82,7 @@ class Engine:
             self.pool,
         )
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
+        self.metrics = Metrics(config.model, self.plan.max_model_len)
         self._groups: dict[str, _Group] = {}
         self._answers: dict[str, tuple[_Group, _Answer]] = {}  # by the sequence's own id
         self._flight: InFlight | None = None
@@ -219,6 +221,13 @@ class Engine:
         flight = None if batch.is_empty else self.runner.dispatch(batch)
         touched |= self._update()
         self._flight = flight
+        self.metrics.on_step(
+            running=self.scheduler.num_running,
+            waiting=self.scheduler.num_waiting,
+            kv_usage=self.pool.usage,
+            preempted=len(batch.preempted),
+        )
+        self.metrics.on_compiles(self.runner.compiles.count, self.runner.compiles.seconds)
         if not self.has_work:
             self.scheduler.check_integrity()
         return [output for group in touched if (output := self._emit(group)) is not None]
@@ -254,6 +263,7 @@ class Engine:
         """Adds a token to an answer's delta, and ends the answer where a stop string completes."""
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
+        self.metrics.on_token(request)
         if request.grammar is not None and not request.is_finished:
             if not request.grammar.accept(token_id):
                 self.scheduler.finish(request, "error", "the grammar was not obeyed")
@@ -273,6 +283,8 @@ class Engine:
             request.finish_reason, request.stop_reason = "stop", answer.detokenizer.stop_match
 
     def _flush(self, answer: _Answer) -> None:
+        """The answer has ended."""
+        self.metrics.on_end(answer.request)
         if answer.detokenizer is not None:
             answer.text += answer.detokenizer.flush()
 

@@ -299,3 +299,20 @@ def test_structured_output_obeys_beside_free_neighbours(llm, alone):
         bad = StructuredOutputsParams(json={"type": "nope"})
         llm.generate(PROMPTS[:2], [GREEDY, GREEDY.with_(structured_outputs=bad)], use_tqdm=False)
     assert_idle(llm)
+
+
+def test_metrics_count_what_happened(tiny_folder):
+    small = make_llm(tiny_folder)
+    small.generate([[7] * 40, [7] * 40], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True), use_tqdm=False)
+    small.generate([[7] * 40], SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True), use_tqdm=False)
+    labels = {"model_name": str(tiny_folder), "engine": "0"}
+    value = lambda name, **more: small.engine.metrics.registry.get_sample_value(name, labels | more)
+    assert value("vllm:generation_tokens_total") == 11
+    assert value("vllm:prompt_tokens_total") == value("vllm:prefix_cache_queries_total") == 120
+    assert value("vllm:prefix_cache_hits_total") == 32
+    assert value("vllm:request_success_total", finished_reason="length") == 3
+    assert value("vllm:time_to_first_token_seconds_count") == 3
+    assert value("vllm:inter_token_latency_seconds_count") == 8
+    assert value("vllm:num_requests_running") == value("vllm:num_requests_waiting") == 0
+    assert value("qjax:num_compiles") == small.engine.runner.compiles.count
+    assert b"vllm:kv_cache_usage_perc" in small.engine.metrics.render()
