@@ -35,6 +35,10 @@ class StructuredOutputsParams:
         given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
         if len(given) != 1:
             raise ValueError(f"structured_outputs needs exactly one of {', '.join(kinds)}, got {given or 'none'}.")
+        if not isinstance(self.json, dict | str | None):
+            raise ValueError(f"structured_outputs.json must be a JSON schema (an object), got {self.json!r}.")
+        if not isinstance(self.json_object, bool):
+            raise ValueError(f"structured_outputs.json_object must be true or false, got {self.json_object!r}.")
         for kind in ("regex", "grammar"):
             if not isinstance(getattr(self, kind), str | None):
                 raise ValueError(f"structured_outputs.{kind} must be a string, got {getattr(self, kind)!r}.")

@@ -9,9 +9,10 @@ import re
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
-from qjax.sampling_params import SamplingParams
+from qjax.sampling_params import SamplingParams, StructuredOutputsParams
 from qjax.server.errors import bad_request, from_value_error
 from qjax.server.schema import Refused, body_field
+from qjax.server.structured import GUIDED, structured_outputs
 
 MAX_N = 128  # OpenAI's limit; each answer is a sequence of its own in the engine
 MAX_PROMPTS = 1024
@@ -21,15 +22,10 @@ REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
 CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
 SAMPLING_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 PARAM_NAMES = SAMPLING_NAMES | {"prompt", "priority", "request_id", "cache_salt"}  # that an error may begin with
-LATER = "it comes with structured output."
 
 _REFUSED_BY_BOTH = {
-    "response_format": Refused("only {'type': 'text'} is; structured output comes later.", ({"type": "text"},)),
-    "structured_outputs": Refused(LATER),
-    **{
-        f"guided_{name}": Refused(LATER)
-        for name in ("json", "regex", "choice", "grammar", "decoding_backend", "whitespace_pattern")
-    },
+    "guided_decoding_backend": Refused("there is one, llguidance."),
+    "guided_whitespace_pattern": Refused("white space is bounded by the server."),
     "thinking_token_budget": Refused("budgets for thinking come later.", (-1,)),
     "repetition_detection": Refused("it comes later."),
     "use_beam_search": Refused("there is no beam search.", (False,)),
@@ -90,6 +86,12 @@ class GenerationRequest:
     ignore_eos: bool | None = body_field("Go on after the model's end of text")
     skip_special_tokens: bool | None = body_field("Leave special tokens out of the text")
     detokenize: bool | None = body_field("false: no text, only token ids")
+    response_format: dict[str, Any] | None = body_field('{"type": "text" | "json_object" | "json_schema", …}')
+    structured_outputs: dict[str, Any] | None = body_field("One of json, regex, choice, grammar, json_object")
+    guided_json: Any = body_field("The older name of structured_outputs.json")
+    guided_regex: str | None = body_field("The older name of structured_outputs.regex")
+    guided_choice: list[str] | None = body_field("The older name of structured_outputs.choice")
+    guided_grammar: str | None = body_field("The older name of structured_outputs.grammar")
     prompt_logprobs: int | None = body_field("Logprobs of the prompt's tokens, with this many alternatives")
 
     echo: bool = body_field("Begin the answer with the prompt", False)
@@ -123,6 +125,12 @@ class GenerationRequest:
     def wanted_max_tokens(self) -> int | None:
         return self.max_tokens
 
+    def wanted_structure(self) -> StructuredOutputsParams | None:
+        guided = {name: getattr(self, name) for name in GUIDED}
+        # Only a chat's template opens think blocks; a completion is constrained from its first token on.
+        is_chat = isinstance(self, ChatRequest)
+        return structured_outputs(self.response_format, self.structured_outputs, guided, after_thinking=is_chat)
+
     def sampling_params(self, defaults: dict[str, Any]) -> SamplingParams:
         """The request's values, then the model's defaults, then OpenAI's.
 
@@ -131,6 +139,7 @@ class GenerationRequest:
         """
         given = {name: getattr(self, name) for name in SAMPLING_NAMES if hasattr(self, name)}
         given["logprobs"] = self.wanted_logprobs()
+        given["structured_outputs"] = self.wanted_structure()
         given["max_tokens"] = self.wanted_max_tokens()
         if self.logit_bias is not None:
             given["logit_bias"] = {i: min(100.0, max(-100.0, bias)) for i, bias in self.logit_bias.items()}

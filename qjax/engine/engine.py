@@ -20,7 +20,7 @@ from qjax.engine.step import StepOptions
 from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.detokenizer import Detokenizer
-from qjax.text.grammar import THINK_END, THINK_START, GrammarCompiler
+from qjax.text.grammar import GrammarCompiler, thinking_after
 
 
 @dataclass(eq=False)
@@ -138,7 +138,7 @@ class Engine:
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
         grammar = self.grammars.compile(params.structured_outputs) if params.structured_outputs else None
-        is_thinking = self._leaves_thinking_open(prompt_token_ids)
+        thinking = thinking_after(prompt_token_ids, self.tokenizer)
         bad_words = bad_words_token_ids(params.bad_words or [], self.tokenizer.encode)
         group = _Group(request_id, prompt, [])
         for index in range(params.n):
@@ -150,7 +150,7 @@ class Engine:
                 eos_token_ids=eos,
                 stop_token_ids=frozenset(params.stop_token_ids or []),
                 seed=seed + index,
-                grammar=grammar.start(is_thinking=is_thinking) if grammar else None,
+                grammar=grammar.start(thinking) if grammar else None,
                 bad_words_token_ids=bad_words,
                 arrival_time=time.monotonic(),
                 priority=priority,
@@ -162,13 +162,6 @@ class Engine:
             group.answers.append(answer)
             self._answers[request.request_id] = (group, answer)
         self._groups[request_id] = group
-
-    def _leaves_thinking_open(self, prompt_token_ids: list[int]) -> bool:
-        start, end = (self.tokenizer.encode(tag) for tag in (THINK_START, THINK_END))
-        for token_id in reversed(prompt_token_ids):
-            if [token_id] in (start, end):
-                return [token_id] == start
-        return False
 
     def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""

@@ -7,7 +7,7 @@ outside Python's lock) and each answer walks a copy of its own. What cannot be h
 import json
 import threading
 from collections import OrderedDict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -17,7 +17,8 @@ from qjax.text.tokenizer import Tokenizer
 MAX_CACHED = 128  # compiled grammars
 # Bounded: with free white space a small model can write blanks for ever.
 WHITESPACE = r"[ \n\r\t]{0,8}"
-THINK_START, THINK_END = "<think>", "</think>"
+THINK_START, THINK_END, TURN_START = "<think>", "</think>", "<|im_start|>"
+Thinking = Literal["open", "possible", "over"]
 
 
 class Grammar:
@@ -28,9 +29,9 @@ class Grammar:
         self._num_words = num_words
         self._think_ids = think_ids
 
-    def start(self, *, is_thinking: bool = False) -> "GrammarState":
-        """Of one answer; `is_thinking`: the prompt has left a think block open."""
-        return GrammarState(self._matcher.deep_copy(), self._num_words, self._think_ids, is_thinking)
+    def start(self, thinking: Thinking = "possible") -> "GrammarState":
+        """Of one answer. `thinking`: see `thinking_after`; without `after_thinking` it changes nothing."""
+        return GrammarState(self._matcher.deep_copy(), self._num_words, self._think_ids, thinking)
 
 
 class GrammarState:
@@ -40,12 +41,12 @@ class GrammarState:
       is_finished: nothing but the end of the answer can come.
     """
 
-    def __init__(self, matcher: Any, num_words: int, think_ids: tuple[int, int] | None, is_thinking: bool):
+    def __init__(self, matcher: Any, num_words: int, think_ids: tuple[int, int] | None, thinking: Thinking):
         self._matcher = matcher
         self._num_words = num_words
         self._think_ids = think_ids
-        self._is_thinking = is_thinking and think_ids is not None
-        self._may_think = think_ids is not None and not is_thinking  # the first token may open the block
+        self._is_thinking = think_ids is not None and thinking == "open"
+        self._may_think = think_ids is not None and thinking == "possible"  # the first token may open the block
         self.is_finished = False
 
     def fill(self, mask: np.ndarray) -> None:
@@ -72,6 +73,16 @@ class GrammarState:
         is_known = self._matcher.consume_token(token_id)
         self.is_finished = self._matcher.is_stopped()
         return is_known
+
+
+def thinking_after(prompt_token_ids: list[int], tokenizer: Tokenizer) -> Thinking:
+    """Whether the prompt leaves a think block open, or has closed it, in the turn that the answer continues."""
+    ids = {tuple(tokenizer.encode(tag)): tag for tag in (THINK_START, THINK_END, TURN_START)}
+    for token_id in reversed(prompt_token_ids):
+        tag = ids.get((token_id,))
+        if tag is not None:
+            return "open" if tag == THINK_START else "over" if tag == THINK_END else "possible"
+    return "possible"
 
 
 class GrammarCompiler:

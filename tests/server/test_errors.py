@@ -113,9 +113,7 @@ class TestFields:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            *(("response_format", {"type": t}) for t in ("json_object", "json_schema", "structural_tag")),
-            *((f, "x") for f in ("structured_outputs", "guided_json", "guided_regex", "guided_choice")),
-            *((f, "x") for f in ("guided_grammar", "vllm_xargs", "kv_transfer_params", "session_id")),
+            *((f, "x") for f in ("guided_decoding_backend", "vllm_xargs", "kv_transfer_params", "session_id")),
             *((f, True) for f in ("use_beam_search", "store", "nonsense", "return_weight_versions")),
             *(("thinking_token_budget", 100), ("reasoning_effort", "low"), ("include_reasoning", False)),
             *(("best_of", 2), ("chat_template", "x"), ("repetition_detection", {}), ("logprob_token_ids", [1])),
@@ -132,7 +130,7 @@ class TestFields:
         message = await refused(server, CHAT, {"messages": HI, field: value})
         assert field in message
 
-    @pytest.mark.parametrize("field", ["suffix", "prompt_embeds", "structured_outputs", "messages", "best_of"])
+    @pytest.mark.parametrize("field", ["suffix", "prompt_embeds", "messages", "best_of"])
     async def test_and_for_completions(self, server, field):
         assert field in await refused(server, TEXT, {"prompt": "x", field: "y"})
 

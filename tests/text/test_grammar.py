@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qjax.sampling_params import StructuredOutputsParams
-from qjax.text.grammar import MAX_CACHED, GrammarCompiler
+from qjax.text.grammar import MAX_CACHED, GrammarCompiler, thinking_after
 from qjax.text.tokenizer import Tokenizer
 from tests.text.small_tokenizer import write_small_tokenizer
 
@@ -103,7 +103,13 @@ def test_a_think_block_is_free_and_the_grammar_starts_after_it(compiler, tokeniz
         assert hybrid.accept(token) and not hybrid.is_finished
     assert start not in allowed(hybrid)
     assert walk(hybrid, tokenizer, random.Random(0)) == "yes"
-    opened = grammar.start(is_thinking=True)
+    over = grammar.start("over")
+    assert start not in allowed(over)
+    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    for text, expected in (("", "possible"), ("<think>\n", "open"), ("<think>\n\n</think>\n\n", "over")):
+        assert thinking_after(tokenizer.encode(prompt + text), tokenizer) == expected
+        assert thinking_after(tokenizer.encode(prompt + text + prompt), tokenizer) == "possible"
+    opened = grammar.start("open")
     assert len(allowed(opened)) >= VOCAB
     opened.accept(end)
     assert walk(opened, tokenizer, random.Random(0)) == "yes"
