@@ -10,10 +10,18 @@ if TYPE_CHECKING:
     from qjax.config import EngineConfig
     from qjax.llm import LLM
     from qjax.outputs import CompletionOutput, RequestOutput
-    from qjax.sampling_params import SamplingParams
+    from qjax.sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "CompletionOutput", "EngineConfig", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 _MODULES = {
     "CompletionOutput": "qjax.outputs",
@@ -21,6 +29,7 @@ _MODULES = {
     "LLM": "qjax.llm",
     "RequestOutput": "qjax.outputs",
     "SamplingParams": "qjax.sampling_params",
+    "StructuredOutputsParams": "qjax.sampling_params",
 }
 
 

@@ -11,11 +11,12 @@ from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.errors import ApiError, Handler, error_middleware
 from qjax.server.state import STATE, ServerState
-from qjax.server.status import health, model, models, version
+from qjax.server.status import health, load, metrics, model, models, reset_prefix_cache, version
+from qjax.server.tokens import detokenize, tokenize
 
 MAX_BODY_BYTES = 32 * 2**20  # ten times the text of the longest context
 OPEN_PATHS = {"/health", "/ping"}  # probes bring no key
-NEEDS_ENGINE = "/v1/"
+NEEDS_ENGINE = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/reset_prefix_cache")
 
 
 def make_app(state: ServerState) -> web.Application:
@@ -32,6 +33,11 @@ def make_app(state: ServerState) -> web.Application:
             web.get("/ping", health),
             web.post("/ping", health),
             web.get("/version", version),
+            web.post("/tokenize", tokenize),
+            web.post("/detokenize", detokenize),
+            web.get("/metrics", metrics),
+            web.get("/load", load),
+            web.post("/reset_prefix_cache", reset_prefix_cache),
         ]
     )
     return app

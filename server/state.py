@@ -27,6 +27,8 @@ class AsyncEngine(Protocol):
     async def wait_ready(self) -> None: ...
     async def shutdown(self) -> None: ...
     def abort(self, request_id: str) -> None: ...
+    def render_metrics(self) -> bytes: ...
+    async def reset_prefix_cache(self) -> bool: ...
     def generate(
         self,
         prompt_token_ids: list[int],
@@ -118,6 +120,10 @@ class ServerState:
             self._num_requests -= 1
             if self._num_requests == 0:
                 self._idle.set()
+
+    @property
+    def num_engine_requests(self) -> int:
+        return len(self._engine_ids)
 
     @contextlib.contextmanager
     def engine_request(self, request_id: str) -> Iterator[None]:

@@ -25,6 +25,22 @@ async def health(request: web.Request) -> web.Response:
     return web.json_response({"status": status, "phase": phase}, status=503, headers=headers)
 
 
+async def metrics(request: web.Request) -> web.Response:
+    """Prometheus' text format, under vLLM's names."""
+    text = request.app[STATE].engine.render_metrics()
+    return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def load(request: web.Request) -> web.Response:
+    """How many requests are being served, this one not counted."""
+    return web.json_response({"server_load": request.app[STATE].num_engine_requests})
+
+
+async def reset_prefix_cache(request: web.Request) -> web.Response:
+    """Forgets cached prompts; `success` is false while requests hold some of their pages."""
+    return web.json_response({"success": await request.app[STATE].engine.reset_prefix_cache()})
+
+
 async def version(request: web.Request) -> web.Response:
     return web.json_response({"version": VERSION})
 

@@ -105,6 +105,10 @@ class AsyncEngine:
     def num_unfinished(self) -> int:
         return len(self._streams)
 
+    def render_metrics(self) -> bytes:
+        """Prometheus' text format."""
+        return self.engine.metrics.render()
+
     async def generate(
         self,
         prompt_token_ids: list[int],

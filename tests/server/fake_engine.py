@@ -84,6 +84,12 @@ class FakeEngine:
     def die(self) -> None:
         self.phase, self.error = "failed", RuntimeError("the GPU at /dev/secret fell off the bus")
 
+    def render_metrics(self) -> bytes:
+        return b"vllm:generation_tokens_total 0.0\n"
+
+    async def reset_prefix_cache(self) -> bool:
+        return not self._aborted
+
     # Requests
 
     @property
