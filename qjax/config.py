@@ -150,8 +150,7 @@ class EngineConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _coerce(self, f)
+        coerce_fields(self)
         if not 0.0 < self.gpu_memory_utilization <= 1.0:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
         if self.block_size not in (None, 16, 32, 64, 128):
@@ -189,8 +188,7 @@ class ServerConfig:
     )
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _coerce(self, f)
+        coerce_fields(self)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65535], got {self.port}.")
         if self.shutdown_timeout < 0:
@@ -234,6 +232,16 @@ def describe(f: Field) -> tuple[str, str]:
     if isinstance(default, bool):
         return f.metadata["help"], "on" if default else "off"
     return f.metadata["help"], "none" if default in (None, "", [], {}) else str(default)
+
+
+def coerce_fields(config: Any) -> None:
+    """Parses and checks every field of a frozen config made of `option`s.
+
+    Raises:
+      ValueError: a value is of another type, or not one of the choices; the message names the field.
+    """
+    for f in fields(config):
+        _coerce(config, f)
 
 
 def _coerce(config: Any, f: Field) -> None:

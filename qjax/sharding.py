@@ -26,12 +26,16 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("pages", None),
     ("page_slots", None),
     ("tokens", None),
+    ("rows", _DATA),  # tokens of packed training rows, row after row
+    ("rank", None),  # of a LoRA adapter
 )
 KV_CACHE_AXES = ("layers", "keys_values", "pages", "kv_heads", "page_slots", "head_dim")
 
 
-def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Mesh over the first `tensor_parallel_size` of `devices` [all of `jax.devices()`].
+def make_mesh(
+    tensor_parallel_size: int, devices: Sequence[jax.Device] | None = None, *, data_parallel_size: int = 1
+) -> Mesh:
+    """Mesh over the first of `devices` [all of `jax.devices()`], data parallel (training only) × tensor parallel.
 
     Raises:
       ValueError: there are fewer devices.
@@ -39,11 +43,21 @@ def make_mesh(tensor_parallel_size: int, devices: Sequence[jax.Device] | None = 
     devices = jax.devices() if devices is None else devices
     if not 1 <= tensor_parallel_size <= len(devices):
         raise ValueError(f"tensor_parallel_size={tensor_parallel_size}, but {len(devices)} device(s) are there.")
-    return jax.make_mesh((1, tensor_parallel_size), (_DATA, _TENSOR), devices=devices[:tensor_parallel_size])
+    size = tensor_parallel_size * data_parallel_size
+    if not 1 <= size <= len(devices):
+        raise ValueError(
+            f"data_parallel_size={data_parallel_size} with tensor_parallel_size={tensor_parallel_size} needs "
+            f"{size} devices, but {len(devices)} are there."
+        )
+    return jax.make_mesh((data_parallel_size, tensor_parallel_size), (_DATA, _TENSOR), devices=devices[:size])
 
 
 def tensor_parallel_size(mesh: Mesh) -> int:
     return mesh.shape[_TENSOR]
+
+
+def data_parallel_size(mesh: Mesh) -> int:
+    return mesh.shape[_DATA]
 
 
 def spec(*axes: str | None) -> PartitionSpec:

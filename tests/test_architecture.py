@@ -30,7 +30,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("qjax.kernels", "qjax.text", *OPTIONS),
     ),
     "qjax.llm": ("qjax.engine", "qjax.text", *OPTIONS),
-    "qjax.research": ("qjax.llm", "qjax.models", "qjax.models.config", "qjax.checkpoint", "qjax.sharding"),
+    "qjax.research": (
+        *("qjax.llm", "qjax.models", "qjax.models.config", "qjax.checkpoint", "qjax.sharding", "qjax.text", *OPTIONS),
+    ),
     "qjax.server": ("qjax", "qjax.engine", "qjax.text", *OPTIONS),  # of the engine only what SERVER_MAY_USE says
     "qjax.terminal": ("qjax.engine", "qjax.checkpoint", "qjax.models.config", "qjax.text", *OPTIONS),
     "qjax.cli": ("qjax", "qjax.terminal", "qjax.server", "qjax.llm", "qjax.research", "qjax.checkpoint", *OPTIONS),
@@ -51,6 +53,8 @@ WITHOUT_JAX = (
     "qjax.engine.memory",
     "qjax.engine.request",
     "qjax.engine.scheduler",
+    "qjax.research",
+    "qjax.research.config",
 )
 
 
