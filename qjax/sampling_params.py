@@ -73,6 +73,7 @@ class SamplingParams:
       logit_bias: token id -> number added to its logit.
       allowed_token_ids: only these tokens are sampled.
       bad_words: strings that are never generated.
+      thinking_token_budget: tokens after which the think block is closed; None or -1: any number.
       structured_outputs: a schema, regex, choice or grammar that the answer obeys.
 
     Raises:
@@ -101,6 +102,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     allowed_token_ids: list[int] | None = None
     bad_words: list[str] | None = None
+    thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
@@ -117,6 +119,8 @@ class SamplingParams:
             set_("top_k", 0)
         if self.seed == -1:
             set_("seed", None)
+        if self.thinking_token_budget == -1:
+            set_("thinking_token_budget", None)
         self._check()
         if GREEDY_EPS <= self.temperature < MIN_TEMPERATURE:
             set_("temperature", MIN_TEMPERATURE)
@@ -140,6 +144,10 @@ class SamplingParams:
             "be a 64-bit integer",
         )
         need(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", "be at least 1")
+        budget = self.thinking_token_budget
+        need(
+            budget is None or (_is_int(budget) and budget >= 0), "thinking_token_budget", "be at least 0, or -1 for any"
+        )
         need(self.min_tokens >= 0, "min_tokens", "be at least 0")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise ValueError(f"min_tokens must be at most max_tokens={self.max_tokens}, got {self.min_tokens}.")

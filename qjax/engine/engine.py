@@ -19,8 +19,9 @@ from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.engine.step import StepOptions
 from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.sampling_params import SamplingParams
+from qjax.text.constraint import Constraint, ThinkBlock
 from qjax.text.detokenizer import Detokenizer
-from qjax.text.grammar import GrammarCompiler, thinking_after
+from qjax.text.grammar import GrammarCompiler
 
 
 @dataclass(eq=False)
@@ -137,8 +138,8 @@ class Engine:
         room = self.max_model_len - len(prompt_token_ids)
         seed = params.seed if params.seed is not None else self._seeds.getrandbits(64)
         eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        grammar = self.grammars.compile(params.structured_outputs) if params.structured_outputs else None
-        thinking = thinking_after(prompt_token_ids, self.tokenizer)
+        if params.structured_outputs is not None:
+            self.grammars.compile(params.structured_outputs)  # before anything is queued: it may be refused
         bad_words = bad_words_token_ids(params.bad_words or [], self.tokenizer.encode)
         group = _Group(request_id, prompt, [])
         for index in range(params.n):
@@ -150,7 +151,7 @@ class Engine:
                 eos_token_ids=eos,
                 stop_token_ids=frozenset(params.stop_token_ids or []),
                 seed=seed + index,
-                grammar=grammar.start(thinking) if grammar else None,
+                constraint=self._constraint(prompt_token_ids, params),
                 bad_words_token_ids=bad_words,
                 arrival_time=time.monotonic(),
                 priority=priority,
@@ -162,6 +163,16 @@ class Engine:
             group.answers.append(answer)
             self._answers[request.request_id] = (group, answer)
         self._groups[request_id] = group
+
+    def _constraint(self, prompt_token_ids: list[int], params: SamplingParams) -> Constraint | None:
+        """A new one for each answer."""
+        structure, budget = params.structured_outputs, params.thinking_token_budget
+        if structure is None and budget is None:
+            return None
+        grammar = None if structure is None else self.grammars.compile(structure).start()
+        may_think = structure is None or structure.after_thinking
+        thoughts = ThinkBlock.after(prompt_token_ids, self.tokenizer) if may_think else None
+        return Constraint(grammar, thoughts, budget)
 
     def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""
@@ -257,10 +268,10 @@ class Engine:
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
         self.metrics.on_token(request)
-        if request.grammar is not None and not request.is_finished:
-            if not request.grammar.accept(token_id):
+        if request.constraint is not None and not request.is_finished:
+            if not request.constraint.accept(token_id):
                 self.scheduler.finish(request, "error", "the grammar was not obeyed")
-            elif request.grammar.is_finished:
+            elif request.constraint.is_finished:
                 self.scheduler.finish(request, "stop")
         if logprobs is not None and params.logprobs is not None:
             answer.cumulative_logprob += logprobs.logprob

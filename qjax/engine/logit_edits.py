@@ -15,7 +15,7 @@ def has_edits(request: Request) -> bool:
 
 def needs_text(request: Request) -> bool:
     """Whether the bans depend on the tokens sampled before, so that the host must read each before the next step."""
-    return request.grammar is not None or any(len(word) > 1 for word in request.bad_words_token_ids)
+    return request.constraint is not None or any(len(word) > 1 for word in request.bad_words_token_ids)
 
 
 def edits_of(request: Request) -> tuple[dict[int, float], bool]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from qjax.outputs import FinishReason
 from qjax.sampling_params import SamplingParams
-from qjax.text.grammar import GrammarState
+from qjax.text.constraint import Constraint
 
 
 class RequestStatus(enum.Enum):
@@ -32,7 +32,7 @@ class Request:
     priority: int = 0  # lower runs earlier
     cache_salt: str | None = None
     seed: int = 0
-    grammar: GrammarState | None = None  # where the answer stands in what it must obey
+    constraint: Constraint | None = None  # what the next token may be, by grammar and thinking budget
     bad_words_token_ids: list[list[int]] = field(default_factory=list)  # token sequences that are never completed
 
     status: RequestStatus = RequestStatus.WAITING

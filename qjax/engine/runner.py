@@ -202,7 +202,7 @@ class Runner:
             filtering=any(is_filtered(r.params) for r in requests),
             penalties=any(has_penalties(r) for r in requests),
             num_edits=next((n for n in (0, *EDIT_SIZES) if n >= longest), self.model_config.vocab_size),
-            masked=any(r.grammar is not None for r in requests),
+            masked=any(r.constraint is not None for r in requests),
             num_logprobs=self._num_logprobs(logprobs),
             num_prompt_logprobs=self._num_logprobs([n for n in prompt_logprobs if n is not None]),
         )
@@ -281,8 +281,8 @@ class Runner:
         if options.masked:
             fields["mask"][:] = -1
             for row, chunk in zip(rows, batch.sampling, strict=True):
-                if chunk.request.grammar is not None:
-                    chunk.request.grammar.fill(fields["mask"][row])
+                if chunk.request.constraint is not None:
+                    chunk.request.constraint.fill(fields["mask"][row])
         if options.num_edits:
             fields["edit_ids"][:] = -1
             for row, chunk in zip(rows, batch.sampling, strict=True):

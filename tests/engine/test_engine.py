@@ -316,3 +316,14 @@ def test_metrics_count_what_happened(tiny_folder):
     assert value("vllm:num_requests_running") == value("vllm:num_requests_waiting") == 0
     assert value("qjax:num_compiles") == small.engine.runner.compiles.count
     assert b"vllm:kv_cache_usage_perc" in small.engine.metrics.render()
+
+
+def test_a_thinking_budget_closes_the_block(llm):
+    messages = [{"role": "user", "content": "Hi"}]
+    start, end = (llm.engine.tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
+    free = GREEDY.with_(logit_bias={end: -100.0, start: 100.0}, max_tokens=12)  # thinks for ever
+    assert end not in ids(llm.chat(messages, free, use_tqdm=False))[0]
+    bounded = GREEDY.with_(logit_bias={end: -100.0}, thinking_token_budget=4, max_tokens=12)
+    prompt = llm.engine.tokenizer.apply_chat_template(messages) + "<think>"
+    tokens = ids(llm.generate(prompt, bounded, use_tqdm=False))[0]
+    assert tokens.index(end) == 4 and tokens.count(end) == 1 and len(tokens) == 12

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from qjax.sampling_params import StructuredOutputsParams
-from qjax.text.grammar import MAX_CACHED, GrammarCompiler, thinking_after
+from qjax.text.constraint import Constraint, ThinkBlock
+from qjax.text.grammar import MAX_CACHED, GrammarCompiler
 from qjax.text.tokenizer import Tokenizer
 from tests.text.small_tokenizer import write_small_tokenizer
 
@@ -92,10 +93,26 @@ def test_an_answer_ends_where_nothing_can_follow(compiler, tokenizer):
     assert not open_end.is_finished and set(allowed(open_end)) >= EOS
 
 
+def prompt_ids(tokenizer, end):
+    return tokenizer.encode("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n" + end)
+
+
+def constraint(compiler, tokenizer, end="", budget=None, is_free=False):
+    grammar = None if is_free else compiler.compile(StructuredOutputsParams(choice=["yes"])).start()
+    return Constraint(grammar, ThinkBlock.after(prompt_ids(tokenizer, end), tokenizer), budget)
+
+
+def test_the_prompt_says_whether_thinking_is_over(tokenizer):
+    for end, expected in (("", "possible"), ("<think>\n", "open"), ("<think>\n\n</think>\n\n", "over")):
+        assert ThinkBlock.after(prompt_ids(tokenizer, end), tokenizer).state == expected
+        later = prompt_ids(tokenizer, end) + prompt_ids(tokenizer, "")  # what earlier turns thought is no matter
+        assert ThinkBlock.after(later, tokenizer).state == "possible"
+    assert ThinkBlock.after([], tokenizer).state == "possible"
+
+
 def test_a_think_block_is_free_and_the_grammar_starts_after_it(compiler, tokenizer):
     start, end = (tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
-    grammar = compiler.compile(StructuredOutputsParams(choice=["yes"], after_thinking=True))
-    hybrid = grammar.start()
+    hybrid = constraint(compiler, tokenizer)
     assert start in allowed(hybrid) and tokenizer.encode("yes")[0] in allowed(hybrid)
     hybrid.accept(start)
     assert len(allowed(hybrid)) >= VOCAB
@@ -103,28 +120,32 @@ def test_a_think_block_is_free_and_the_grammar_starts_after_it(compiler, tokeniz
         assert hybrid.accept(token) and not hybrid.is_finished
     assert start not in allowed(hybrid)
     assert walk(hybrid, tokenizer, random.Random(0)) == "yes"
-    over = grammar.start("over")
-    assert start not in allowed(over)
-    prompt = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    for text, expected in (("", "possible"), ("<think>\n", "open"), ("<think>\n\n</think>\n\n", "over")):
-        assert thinking_after(tokenizer.encode(prompt + text), tokenizer) == expected
-        assert thinking_after(tokenizer.encode(prompt + text + prompt), tokenizer) == "possible"
-    opened = grammar.start("open")
+
+    opened = constraint(compiler, tokenizer, "<think>\n")
     assert len(allowed(opened)) >= VOCAB
     opened.accept(end)
     assert walk(opened, tokenizer, random.Random(0)) == "yes"
-    direct = grammar.start()
-    assert walk_without(direct, tokenizer, start) == "yes"
-    constrained = compiler.compile(StructuredOutputsParams(choice=["yes"])).start()
-    assert start not in allowed(constrained)
+    assert start not in allowed(constraint(compiler, tokenizer, "<think>\n\n</think>\n\n"))
 
 
-def walk_without(state, tokenizer, token):
-    tokens = []
-    while not state.is_finished:
-        tokens.append(next(t for t in allowed(state) if t != token))
-        state.accept(tokens[-1])
-    return tokenizer.decode(tokens)
+def test_a_budget_closes_the_think_block_and_nothing_else(compiler, tokenizer):
+    start, end = (tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
+    for is_free in (True, False):
+        state = constraint(compiler, tokenizer, budget=3, is_free=is_free)
+        state.accept(start)
+        for token in (5, 6, 7):
+            assert len(allowed(state)) >= VOCAB
+            state.accept(token)
+        assert allowed(state) == [end]
+        state.accept(end)
+        if is_free:
+            for token in (5, 6, 7, 8):
+                assert len(allowed(state)) >= VOCAB and state.accept(token)
+        else:
+            assert walk(state, tokenizer, random.Random(0)) == "yes"
+    never = constraint(compiler, tokenizer, budget=0, is_free=True)
+    for token in (5, 6, 7, 8):  # an answer without thinking has no budget
+        assert len(allowed(never)) >= VOCAB and never.accept(token)
 
 
 @pytest.mark.parametrize(
