@@ -1,0 +1,1 @@
+"""The skills: each module makes dialogues of one group, functions of a `World` alone."""
