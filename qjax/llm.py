@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from qjax.config import EngineConfig
 from qjax.engine.engine import Engine
-from qjax.outputs import RequestOutput
+from qjax.outputs import CompletionBuilder, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.tokenizer import Tokenizer
 
@@ -156,16 +156,19 @@ class LLM:
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:
         """Steps until all have ended, putting the deltas together."""
         done: dict[str, RequestOutput] = {}
+        answers: dict[str, dict[int, CompletionBuilder]] = {request_id: {} for request_id in request_ids}
         tokens_in = tokens_out = 0
         bar = tqdm(total=len(request_ids), desc="Generating", unit="request", disable=not use_tqdm)
         try:
             while self.engine.has_unfinished:
                 for output in self.engine.step():
-                    old = done.get(output.request_id)
-                    done[output.request_id] = _merge(old, output)
-                    tokens_out += sum(len(answer.token_ids) for answer in output.outputs)
-                    tokens_in += 0 if old else len(output.prompt_token_ids)
+                    for delta in output.outputs:
+                        answers[output.request_id].setdefault(delta.index, CompletionBuilder()).add(delta)
+                        tokens_out += len(delta.token_ids)
                     if output.finished:
+                        built = answers[output.request_id]
+                        done[output.request_id] = replace(output, outputs=[built[i].build() for i in sorted(built)])
+                        tokens_in += len(output.prompt_token_ids)
                         seconds = max(bar.format_dict["elapsed"], 1e-9)
                         bar.set_postfix_str(
                             f"prompt {tokens_in / seconds:.0f} tokens/s, output {tokens_out / seconds:.0f} tokens/s",
@@ -184,10 +187,3 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     is_one = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
     return cast("list[Prompt]", [prompts] if is_one else list(prompts))
-
-
-def _merge(old: RequestOutput | None, new: RequestOutput) -> RequestOutput:
-    answers = {answer.index: answer for answer in old.outputs} if old else {}
-    for answer in new.outputs:
-        answers[answer.index] = answers[answer.index].merge(answer) if answer.index in answers else answer
-    return replace(new, outputs=[answers[index] for index in sorted(answers)])

@@ -1,7 +1,7 @@
 """What generation returns: vLLM's `RequestOutput` and `CompletionOutput`. Plain Python, no arrays.
 
 `LLM` returns whole answers. The engine's step and the streams made of it give deltas: `text`, `token_ids` and
-`logprobs` then hold only what is new, and `merge` puts two of them together.
+`logprobs` then hold only what is new, and `CompletionBuilder` puts them together.
 """
 
 from dataclasses import dataclass, field, replace
@@ -35,14 +35,28 @@ class CompletionOutput:
     def is_finished(self) -> bool:
         return self.finish_reason is not None
 
-    def merge(self, new: "CompletionOutput") -> "CompletionOutput":
-        """This answer continued by a delta of the same index."""
-        return replace(
-            new,
-            text=self.text + new.text,
-            token_ids=self.token_ids + new.token_ids,
-            logprobs=None if new.logprobs is None else (self.logprobs or []) + new.logprobs,
-        )
+
+class CompletionBuilder:
+    """Puts an answer's deltas together; each is copied once, so a long answer costs no more a token."""
+
+    def __init__(self) -> None:
+        self._texts: list[str] = []
+        self._token_ids: list[int] = []
+        self._logprobs: list[dict[int, Logprob]] = []
+        self._last: CompletionOutput | None = None
+
+    def add(self, delta: CompletionOutput) -> None:
+        self._texts.append(delta.text)
+        self._token_ids += delta.token_ids
+        self._logprobs += delta.logprobs or []
+        self._last = delta
+
+    def build(self) -> CompletionOutput:
+        """The answer so far; with `index`, reasons and cumulative logprob of the last delta."""
+        if self._last is None:
+            raise RuntimeError("no delta was added")
+        logprobs = None if self._last.logprobs is None else self._logprobs
+        return replace(self._last, text="".join(self._texts), token_ids=self._token_ids, logprobs=logprobs)
 
 
 @dataclass(frozen=True)
