@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from qjax import sharding
-from qjax.models.layers import matmul
 from qjax.models.qwen3 import ModelDef, merge
 from qjax.models.rope import rope_angles
+from qjax.research import loss
 from qjax.research.batch import PackedBatch
 
 
@@ -59,27 +59,11 @@ def token_logprobs(
     """
     masters = merge(modeldef, leaves)
     lm_head = masters.lm_head
-    tied = lm_head is None
-    head = masters.embed_tokens.weight[...] if lm_head is None else lm_head.kernel[...]  # [V, D] or [D, V]
-    L, C, D = row_length, options.num_loss_chunks, hidden.shape[1]
-    if L % C:
-        raise ValueError(f"num_loss_chunks={C} does not divide the row length {L}.")
-    B = hidden.shape[0] // L
-    rows = sharding.spec("rows", None, None, None)
-    chunks = jnp.swapaxes(hidden.reshape(B, C, L // C, D, out_sharding=rows), 0, 1)  # [C, B, L / C, D]
-    wanted = jnp.swapaxes(targets.reshape(B, C, L // C, out_sharding=sharding.spec("rows", None, None)), 0, 1)
-
-    @jax.checkpoint
-    def one_chunk(head: jax.Array, hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        # The cast is inside, so that the chunks' gradients of `head` are summed in float32.
-        logits = matmul(hidden, head.astype(options.dtype), (1,) if tied else (0,), out_dtype=jnp.float32)  # [B, c, V]
-        where = jax.typeof(logits).sharding
-        ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2, out_sharding=where)
-        chosen = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    if C == 1:
-        out = one_chunk(head, chunks[0], wanted[0])[None]
-    else:
-        _, out = jax.lax.scan(lambda carry, chunk: (carry, one_chunk(head, *chunk)), None, (chunks, wanted))
-    return jnp.swapaxes(out, 0, 1).reshape(B * L, out_sharding=sharding.spec("rows"))
+    return loss.token_logprobs(
+        masters.embed_tokens.weight[...] if lm_head is None else lm_head.kernel[...],
+        hidden,
+        targets,
+        is_tied=lm_head is None,
+        row_length=row_length,
+        num_chunks=options.num_loss_chunks,
+    )
