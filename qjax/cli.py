@@ -31,11 +31,12 @@ qjax: an inference engine for the Qwen3 models, in JAX
   qjax chat {EXAMPLE}                  talk to a model in this terminal
   qjax generate {EXAMPLE} "Once upon"  continue a text
   qjax info {EXAMPLE}                  size and memory plan, without loading
+  qjax train run.toml                        fine-tune a model on chats
 
 A model is a name on the Hugging Face hub or a local folder.
 `qjax COMMAND --help` lists a command's options, `qjax --version` the version.
 """
-COMMANDS = ("serve", "chat", "generate", "info")
+COMMANDS = ("serve", "chat", "generate", "info", "train")
 ALIASES = {"tensor_parallel_size": ["-tp"]}
 SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "temperature": (float, "NUMBER", "0: always the likeliest token"),
@@ -157,6 +158,20 @@ def make_parser() -> argparse.ArgumentParser:
         help="Plan for a GPU with this much memory (80GiB) [this machine]",
     )
     add_options(info, EngineConfig)
+
+    from qjax.research.config import TrainConfig
+
+    description = "Trains a model on chats or token arrays. Options on the command line replace those of the file."
+    train = commands.add_parser(
+        "train",
+        usage="qjax train [CONFIG] [OPTIONS]",
+        description=description,
+        argument_default=argparse.SUPPRESS,
+    )
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="TOML or JSON file of the options below")
+    train.set_defaults(run=_train, parser=train)
+    train.add_argument("--model", metavar="MODEL", help="Name on the Hugging Face hub, or local folder")
+    add_options(train, TrainConfig)
     return parser
 
 
@@ -335,3 +350,16 @@ def _info(args: argparse.Namespace) -> None:
     from qjax import terminal
 
     terminal.info(config, getattr(args, "gpu_memory", None))
+
+
+def _train(args: argparse.Namespace) -> None:
+    from qjax.research.config import TrainConfig, read_train_config
+
+    given = {f.name: getattr(args, f.name) for f in fields(TrainConfig) if f.name in args}
+    config = read_train_config(args.config, **given) if "config" in args else TrainConfig(**given)
+    if not config.output:
+        raise ValueError("no output given: name the folder of the result with --output.")
+    from qjax.research.train import Trainer
+
+    for line in Trainer(config).train()[-1:]:
+        print(f"step {line.step}: loss {line.loss:.4f}, {line.tokens_per_second:,.0f} tokens/s. Saved: {config.output}")

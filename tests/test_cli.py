@@ -127,13 +127,20 @@ class TestScreens:
         code, out, _ = run("--version")
         assert (code, out) == (0, f"qjax {importlib.metadata.version('qjax')}\n")
 
-    @pytest.mark.parametrize("command", cli.COMMANDS)
+    @pytest.mark.parametrize("command", [c for c in cli.COMMANDS if c != "train"])
     def test_help_of_a_command(self, run: Run, command: str) -> None:
         code, out, _ = run(command, "--help")
         assert code == 0 and f"usage: qjax {command} MODEL" in out
         assert "--max-model-len TOKENS" in out and "-tp" in out and "--no-enable-prefix-caching" in out
         assert ("--api-key" in out) == (command == "serve")
         assert ("--top-p" in out) == (command in ("generate", "chat"))
+
+    def test_help_of_train(self, run: Run) -> None:
+        code, out, _ = run("train", "--help")
+        assert code == 0 and "usage: qjax train [CONFIG]" in out
+        assert all(
+            flag in out for flag in ("--model MODEL", "--learning-rate NUMBER", "--no-from-scratch", "--lora JSON")
+        )
 
     def test_light_commands_import_no_jax(self) -> None:
         """Measured in imports: time on a shared machine proves nothing."""

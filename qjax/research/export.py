@@ -57,26 +57,43 @@ def export_folder(
 
     shapes, tensors = _tensors(leaves, config, mesh, DTYPES[dtype])
     sizes = {name: int(np.prod(shape)) * DTYPES[dtype].itemsize for name, shape in shapes.items()}
-    total, filled, number = sum(sizes.values()), 0, 1
-    shard: dict[str, np.ndarray] = {}
-    weight_map: dict[str, str] = {}
-    files = (
+    names = (
         [SINGLE_NAME]
         if num_shards == 1
-        else [f"model-{i:05}-of-{num_shards:05}.safetensors" for i in range(1, num_shards + 1)]
+        else [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
     )
-    for i, (name, tensor) in enumerate(tensors):
-        left = len(sizes) - i
-        is_full = filled + sizes[name] / 2 > total * number / num_shards or left <= num_shards - number
-        if number < num_shards and shard and is_full:
-            save_file(shard, folder / files[number - 1], metadata={"format": "pt"})
-            shard, number = {}, number + 1
-        shard[name], weight_map[name] = tensor, files[number - 1]
-        filled += sizes[name]
-    save_file(shard, folder / files[number - 1], metadata={"format": "pt"})
+    weight_map = {name: names[i] for name, i in _assign(sizes, num_shards).items()}
+    shard: dict[str, np.ndarray] = {}
+    for name, tensor in tensors:
+        shard[name] = tensor
+        if len(shard) == sum(file == weight_map[name] for file in weight_map.values()):
+            path = folder / weight_map[name]
+            save_file(shard, path, metadata={"format": "pt"})
+            shutil.copymode(folder / "config.json", path)  # save_file leaves a file that only its owner reads
+            shard = {}
     if num_shards > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
         (folder / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _assign(sizes: dict[str, int], num_shards: int) -> dict[str, int]:
+    """The shard of each tensor: in order, about equal in bytes, none empty.
+
+    Raises:
+      ValueError: there are fewer tensors than shards.
+    """
+    if num_shards > len(sizes):
+        raise ValueError(f"num_shards={num_shards}, but the model has {len(sizes)} tensors.")
+    total, filled, shard = sum(sizes.values()), 0, 0
+    out: dict[str, int] = {}
+    for i, (name, size) in enumerate(sizes.items()):
+        is_full = filled + size / 2 > total * (shard + 1) / num_shards
+        is_last_chance = len(sizes) - i < num_shards - shard  # each later shard needs a tensor of its own
+        if out and shard < num_shards - 1 and shard in out.values() and (is_full or is_last_chance):
+            shard += 1
+        out[name] = shard
+        filled += size
+    return out
 
 
 def _tensors(

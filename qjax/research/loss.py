@@ -46,27 +46,30 @@ def _chunk_logprobs(is_tied: bool, head: jax.Array, hidden: jax.Array, targets: 
 def _forward(is_tied: bool, head: jax.Array, hidden: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
     logits = _logits(is_tied, head, hidden)
     total = jax.nn.logsumexp(logits, axis=-1)
-    chosen = jnp.sum(jnp.where(_is_target(logits, targets), logits, 0.0), axis=-1)
+    chosen = jnp.sum(logits * _is_target(logits, targets), axis=-1)
     return chosen - total, (head, hidden, targets, total)
 
 
 def _backward(is_tied: bool, saved: Any, grad: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     head, hidden, targets, total = saved
     logits = _logits(is_tied, head, hidden)
-    wanted = _is_target(logits, targets).astype(jnp.float32)
-    grad_logits = (grad[..., None] * (wanted - jnp.exp(logits - total[..., None]))).astype(hidden.dtype)
-    dot = partial(jax.lax.dot_general, precision=_precision(hidden))
-    grad_hidden = dot(
+    grad_logits = (grad[..., None] * (_is_target(logits, targets) - jnp.exp(logits - total[..., None]))).astype(
+        hidden.dtype
+    )
+    grad_hidden = jax.lax.dot_general(
         grad_logits,
         head.astype(hidden.dtype),
         (((2,), (0 if is_tied else 1,)), ((), ())),
+        precision=_precision(hidden),
         preferred_element_type=hidden.dtype,
         out_sharding=jax.typeof(hidden).sharding,
     )
-    pair = (grad_logits, hidden) if is_tied else (hidden, grad_logits)
-    grad_head = dot(
-        *pair,
+    left, right = (grad_logits, hidden) if is_tied else (hidden, grad_logits)
+    grad_head = jax.lax.dot_general(
+        left,
+        right,
         (((0, 1), (0, 1)), ((), ())),
+        precision=_precision(hidden),
         preferred_element_type=jnp.float32,
         out_sharding=jax.typeof(head).sharding,
     )
@@ -88,9 +91,11 @@ def _logits(is_tied: bool, head: jax.Array, hidden: jax.Array) -> jax.Array:
 
 
 def _is_target(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    # No lookup: each device compares with the part of the vocabulary that it holds.
-    ids = jax.lax.broadcasted_iota(jnp.int32, logits.shape, 2, out_sharding=jax.typeof(logits).sharding)
-    return ids == targets[..., None]
+    """float32 [B, c, V], 1 at each target. No lookup: each device compares with the vocabulary that it holds."""
+    V, axes = logits.shape[-1], jax.typeof(logits).sharding.spec
+    # One row of ids, and no constant of the logits' size: a loop over chunks would keep it in memory.
+    ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, V), 2, out_sharding=jax.P(None, None, axes[-1]))
+    return (ids == targets[..., None]).astype(jnp.float32)
 
 
 def _precision(x: jax.Array) -> Any:
