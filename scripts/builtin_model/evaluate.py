@@ -1,0 +1,106 @@
+"""Scores a model folder on held-out dialogues: greedy answers of the engine, 500 a skill.
+
+python -m scripts.builtin_model.evaluate FOLDER --out scores.json
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qjax import LLM, SamplingParams
+from scripts.builtin_model import mixture, scoring
+from scripts.builtin_model.dialogue import Dialogue, Mode
+
+TEST_SEED = 4711
+MAX_TOKENS = 400
+# row of the table -> (skills in equal parts, mode)
+ROWS: dict[str, tuple[Sequence[str], Mode]] = {
+    "addition, up to four digits": (("addition",), "on"),
+    "subtraction, up to four digits": (("subtraction",), "on"),
+    "comparison, three numbers, products": (("comparison", "three numbers", "multiplication"), "on"),
+    "country facts": (("country facts",), "on"),
+    "country reverse, about, continents, next": (
+        ("country reverse", "country about", "continents", "next country"),
+        "on",
+    ),
+    "word definitions": (("definitions",), "on"),
+    "word for a definition": (("word for",), "on"),
+    "units, weekdays, months, clock": (("units", "weekdays", "months", "clock"), "on"),
+    "spelling, reversing, counting letters": (("spelling", "reversing", "counting letters", "alphabet"), "on"),
+    "sorting and lists": (("sorting", "lists"), "on"),
+    "copying and lookup": (("copying", "lookup"), "on"),
+    "tool calls": (("tool calls",), "on"),
+    "answers from tool results": (("tool answers",), "on"),
+    "no fitting tool": (("no fitting tool",), "on"),
+    "JSON by schema or keys": (("json",), "on"),
+    "JSON lists and reading": (("json lists", "json reading"), "on"),
+    "two and three turns": (("recall", "told at once", "next sum"), "on"),
+    "small talk and persona": (("small talk", "persona"), "on"),
+    "honest refusals": (("refusals",), "on"),
+    "enable_thinking=false, all skills": (mixture.NAMES, "off"),
+    "/no_think, all skills": (mixture.NAMES, "no_think"),
+}
+
+
+def items(row: str, count: int) -> list[Dialogue]:
+    skills, mode = ROWS[row]
+    return [mixture.make(TEST_SEED, i, "test", skills[i % len(skills)], mode) for i in range(count)]
+
+
+def prompt(tokenizer: Any, dialogue: Dialogue) -> str:
+    options = {"enable_thinking": False} if dialogue.mode == "off" else {}
+    return tokenizer.apply_chat_template(dialogue.messages[:-1], tools=dialogue.tools, **options)
+
+
+def evaluate(folder: Path, count: int, rows: Sequence[str], show: int = 0, **options: Any) -> dict[str, Any]:
+    """Accuracy and share of well-formed think blocks per row, and how fast it went."""
+    llm = LLM(str(folder), **options)
+    tokenizer = llm.get_tokenizer()
+    greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
+    start, num_tokens, table = time.perf_counter(), 0, {}
+    for row in rows:
+        dialogues = items(row, count)
+        outputs = llm.generate([prompt(tokenizer, d) for d in dialogues], greedy, use_tqdm=False)
+        answers = [output.outputs[0] for output in outputs]
+        num_tokens += sum(len(a.token_ids) for a in answers)
+        scores = [scoring.score(d, a.text, a.finish_reason == "stop") for d, a in zip(dialogues, answers, strict=True)]
+        table[row] = {
+            "items": count,
+            "right": sum(s.is_right for s in scores) / count,
+            "well_formed": sum(s.is_well_formed for s in scores) / count,
+        }
+        print(f"{row:42} {table[row]['right']:7.1%} right {table[row]['well_formed']:7.1%} well-formed", flush=True)
+        wrong = [(d, a) for d, a, s in zip(dialogues, answers, scores, strict=True) if not s.is_right]
+        for d, a in wrong[:show]:
+            print(f"  [{d.skill}] {d.messages[-2]['content']!r}\n    wrote {a.text!r}\n    wants {d.expected.value!r}")
+    seconds = time.perf_counter() - start
+    thinking = [table[row]["well_formed"] for row in rows if ROWS[row][1] == "on"]
+    return {
+        "rows": table,
+        "think_blocks_well_formed": sum(thinking) / len(thinking) if thinking else None,
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(num_tokens / seconds),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--items", type=int, default=500, help="a row of the table")
+    parser.add_argument("--rows", nargs="*", default=list(ROWS), help="parts of the names of rows")
+    parser.add_argument("--show", type=int, default=0, help="wrong answers to print a row")
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="JSON file for the numbers; `card` reads it")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if any(part in row for part in args.rows)]
+    result = evaluate(args.folder, args.items, rows, args.show, max_num_seqs=args.max_num_seqs, max_model_len=2048)
+    print({k: v for k, v in result.items() if k != "rows"})
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,8 @@
+import pytest
+
+from scripts.builtin_model import tokenizer
+
+
+@pytest.fixture(scope="session")
+def encoder():
+    return tokenizer.load()
