@@ -183,6 +183,19 @@ class ServerConfig:
     default_chat_template_kwargs: dict[str, Any] = option(
         {}, 'JSON object, such as {"enable_thinking": false}', group="Server", metavar="JSON", parse=parse_json
     )
+    reasoning_parser: Literal["auto", "qwen3", "deepseek_r1", "none"] = option(
+        "auto",
+        "auto, qwen3: reasoning as the prompt or the answer opens it; deepseek_r1: always first; none: it is content",
+        group="Server",
+    )
+    tool_call_parser: Literal["auto", "hermes", "qwen3_json", "qwen3_coder", "qwen3_xml", "none"] = option(
+        "auto",
+        "JSON calls (hermes, qwen3_json), XML calls (qwen3_coder, qwen3_xml), or both; none: calls are content",
+        group="Server",
+    )
+    enable_auto_tool_choice: bool = option(
+        True, "Read tool calls wherever a request has tools; off: calls are content", group="Server"
+    )
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests get after SIGTERM", group="Server", metavar="SECONDS"
     )

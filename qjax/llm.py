@@ -11,6 +11,7 @@ from qjax.config import EngineConfig
 from qjax.engine.engine import Engine
 from qjax.outputs import CompletionBuilder, RequestOutput
 from qjax.sampling_params import SamplingParams
+from qjax.text.answer_parser import AnswerParser
 from qjax.text.tokenizer import Tokenizer
 
 Prompt = str | dict[str, Any] | list[int]
@@ -88,6 +89,7 @@ class LLM:
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
+        parse: bool = False,
     ) -> list[RequestOutput]:
         """Answers one conversation or several, rendered by the model's chat template.
 
@@ -95,6 +97,8 @@ class LLM:
           chat_template: replaces the tokenizer's template.
           tools: function definitions that the template writes into the prompt.
           chat_template_kwargs: given to the template, such as `{"enable_thinking": False}`.
+          parse: also give each answer its `message`, as the server returns it: with reasoning, content and tool calls
+            told apart. It can be put behind `messages` as it is.
 
         Raises:
           ValueError: wrong messages, or a prompt that cannot be served.
@@ -112,7 +116,8 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return [_with_messages(output, tools) for output in outputs] if parse else outputs
 
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
@@ -187,3 +192,9 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     is_one = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
     return cast("list[Prompt]", [prompts] if is_one else list(prompts))
+
+
+def _with_messages(output: RequestOutput, tools: list[dict[str, Any]] | None) -> RequestOutput:
+    parsed = [AnswerParser(output.prompt or "", tools=tools).parse(answer.text) for answer in output.outputs]
+    pairs = zip(output.outputs, parsed, strict=True)
+    return replace(output, outputs=[replace(answer, message=p.message()) for answer, p in pairs])

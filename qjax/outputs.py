@@ -5,7 +5,7 @@
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -30,6 +30,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None  # one dict a generated token: token id -> Logprob
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None  # the stop string or stop token id; None for EOS and for length
+    message: dict[str, Any] | None = None  # of `LLM.chat(parse=True)`: OpenAI's message with reasoning and tool calls
 
     @property
     def is_finished(self) -> bool:

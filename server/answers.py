@@ -11,13 +11,16 @@ from qjax.text.tokenizer import Tokenizer
 LOWEST_LOGPROB = -9999.0  # JSON has no -inf; the number OpenAI uses for "cannot happen"
 
 
-def usage(num_prompt: int, num_completion: int, num_cached: int) -> dict[str, Any]:
-    return {
+def usage(num_prompt: int, num_completion: int, num_cached: int, num_reasoning: int | None = None) -> dict[str, Any]:
+    counts: dict[str, Any] = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_completion,
         "total_tokens": num_prompt + num_completion,
         "prompt_tokens_details": {"cached_tokens": num_cached},
     }
+    if num_reasoning is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": num_reasoning}
+    return counts
 
 
 def finite(logprob: float) -> float:

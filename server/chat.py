@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,8 +13,9 @@ from qjax.outputs import CompletionOutput, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.server import sse
 from qjax.server.answers import TokenNames, chat_logprobs, prompt_logprobs_json, usage
+from qjax.server.choices import Choice
 from qjax.server.errors import from_value_error
-from qjax.server.generation import LONG_TEXT, Answer, Outputs, Prompt, answer_id, encode, generate, read_json, truncate
+from qjax.server.generation import LONG_TEXT, Outputs, Prompt, answer_id, encode, generate, read_json, truncate
 from qjax.server.protocol import ChatRequest
 from qjax.server.schema import parse
 from qjax.server.state import STATE, ServerState
@@ -40,12 +41,12 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
 async def render(state: ServerState, body: ChatRequest) -> Prompt:
     """The conversation as the model reads it, by the chat template."""
     add_prompt = body.add_generation_prompt
-    variables = {**state.config.default_chat_template_kwargs, **(body.chat_template_kwargs or {})}
+    variables = body.template_variables(state.config.default_chat_template_kwargs)
 
     def template() -> str:
         return state.engine.tokenizer.apply_chat_template(
             body.messages,
-            tools=None if body.tool_choice == "none" else body.tools,
+            tools=body.shown_tools,
             chat_template=state.chat_template,
             add_generation_prompt=not body.continue_final_message if add_prompt is None else add_prompt,
             continue_final_message=body.continue_final_message,
@@ -63,10 +64,7 @@ async def render(state: ServerState, body: ChatRequest) -> Prompt:
 
 @dataclass
 class Chat:
-    """One chat request's way from the engine's deltas to OpenAI's objects.
-
-    Where text becomes a message (`message`) or a delta (`_delta_chunk`), parsers for reasoning and tool calls will sit.
-    """
+    """One chat request's way from the engine's deltas to OpenAI's objects. What each answer says is `Choice`'s part."""
 
     state: ServerState
     body: ChatRequest
@@ -79,37 +77,42 @@ class Chat:
     num_cached: int = 0
 
     def __post_init__(self) -> None:
-        self.names = TokenNames(self.state.engine.tokenizer, self.body.return_tokens_as_token_ids)
+        tokenizer, config = self.state.engine.tokenizer, self.state.config
+        self.names = TokenNames(tokenizer, self.body.return_tokens_as_token_ids)
+        text = self.prompt.text or ""
+        if self.body.truncate_prompt_tokens is not None:  # the model may not have seen the text's end
+            text = tokenizer.decode(self.prompt.token_ids, skip_special_tokens=False)
+        self.choices = [Choice(config, self.body, text, tokenizer) for _ in range(self.params.n)]
 
     # The whole answer
 
     async def whole(self, outputs: Outputs) -> dict[str, Any]:
-        answers = [Answer() for _ in range(self.params.n)]
         prompt_logprobs = None
         async with contextlib.aclosing(outputs):
             async for _, output in outputs:
                 self._count(output)
                 prompt_logprobs = output.prompt_logprobs or prompt_logprobs
                 for delta in output.outputs:
-                    answers[delta.index].add(delta)
+                    self.choices[delta.index].answer.add(delta)
         response = self._object("chat.completion")
-        response["choices"] = [self._choice(i, answer) for i, answer in enumerate(answers)]
+        response["choices"] = [self._choice(i, choice) for i, choice in enumerate(self.choices)]
         response["usage"] = self._usage()
         if self.params.prompt_logprobs is not None:
             response["prompt_logprobs"] = prompt_logprobs_json(prompt_logprobs, self.state.engine.tokenizer)
         return response
 
-    def _choice(self, index: int, answer: Answer) -> dict[str, Any]:
-        choice = {
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        answer = choice.answer
+        out = {
             "index": index,
-            "message": {"role": "assistant", "content": self._echo() + answer.text, "refusal": None},
+            "message": choice.message(self._echo()),
             "logprobs": self._logprobs(answer.token_ids, answer.logprobs),
-            "finish_reason": answer.finish_reason,
+            "finish_reason": choice.finish_reason(answer),
             "stop_reason": answer.stop_reason,
         }
         if self.body.return_token_ids:
-            choice["token_ids"] = answer.token_ids
-        return choice
+            out["token_ids"] = answer.token_ids
+        return out
 
     # Chunks
 
@@ -125,8 +128,8 @@ class Chat:
                     is_first = False
                 self._count(output)
                 for delta in output.outputs:
-                    if delta.text or (delta.token_ids and self._shows_tokens):
-                        yield self._delta_chunk(delta)
+                    for chunk in self._delta_chunks(delta):
+                        yield chunk
                     if delta.is_finished:
                         yield self._finish_chunk(delta)
         if self.body.stream_options and self.body.stream_options.include_usage:
@@ -139,19 +142,24 @@ class Chat:
     def _role_chunk(self, index: int) -> dict[str, Any]:
         return self._chunk({"index": index, "delta": {"role": "assistant", "content": self._echo()}}, is_first=True)
 
-    def _delta_chunk(self, delta: CompletionOutput) -> dict[str, Any]:
-        choice = {
-            "index": delta.index,
-            "delta": {"content": delta.text},
-            "logprobs": self._logprobs(delta.token_ids, delta.logprobs),
-        }
-        if self.body.return_token_ids:
-            choice["token_ids"] = delta.token_ids
-        return self._chunk(choice)
+    def _delta_chunks(self, delta: CompletionOutput) -> Iterator[dict[str, Any]]:
+        """None, where the text waits for what comes next; several where it is of several kinds, the first with the
+        logprobs and token ids.
+        """
+        deltas = self.choices[delta.index].deltas(delta)
+        if not deltas and delta.token_ids and self._shows_tokens:
+            deltas = [{}]
+        for i, content in enumerate(deltas):
+            choice: dict[str, Any] = {"index": delta.index, "delta": content}
+            if i == 0:
+                choice["logprobs"] = self._logprobs(delta.token_ids, delta.logprobs)
+                if self.body.return_token_ids:
+                    choice["token_ids"] = delta.token_ids
+            yield self._chunk(choice)
 
     def _finish_chunk(self, delta: CompletionOutput) -> dict[str, Any]:
-        choice = {"index": delta.index, "delta": {}}
-        return self._chunk(choice, finish_reason=delta.finish_reason, stop_reason=delta.stop_reason)
+        reason = self.choices[delta.index].finish_reason(delta)
+        return self._chunk({"index": delta.index, "delta": {}}, finish_reason=reason, stop_reason=delta.stop_reason)
 
     def _chunk(self, choice: dict[str, Any], is_first: bool = False, **end: Any) -> dict[str, Any]:
         chunk = self._object("chat.completion.chunk", is_first)
@@ -181,10 +189,13 @@ class Chat:
 
     def _count(self, output: RequestOutput) -> None:
         self.num_cached = output.num_cached_tokens
-        self.num_completion += sum(len(delta.token_ids) for delta in output.outputs)
+        for delta in output.outputs:
+            self.num_completion += len(delta.token_ids)
+            self.choices[delta.index].count(delta)
 
     def _usage(self) -> dict[str, Any]:
-        return usage(len(self.prompt.token_ids), self.num_completion, self.num_cached)
+        num_reasoning = sum(choice.num_reasoning for choice in self.choices)
+        return usage(len(self.prompt.token_ids), self.num_completion, self.num_cached, num_reasoning)
 
     def _echo(self) -> str:
         """With `echo`, the last message's text comes first if it is the assistant's: the part that was continued."""

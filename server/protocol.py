@@ -26,7 +26,6 @@ PARAM_NAMES = SAMPLING_NAMES | {"prompt", "priority", "request_id", "cache_salt"
 _REFUSED_BY_BOTH = {
     "guided_decoding_backend": Refused("there is one, llguidance."),
     "guided_whitespace_pattern": Refused("white space is bounded by the server."),
-    "thinking_token_budget": Refused("budgets for thinking come later.", (-1,)),
     "repetition_detection": Refused("it comes later."),
     "use_beam_search": Refused("there is no beam search.", (False,)),
     "length_penalty": Refused("there is no beam search.", (1.0,)),
@@ -92,6 +91,7 @@ class GenerationRequest:
     guided_regex: str | None = body_field("The older name of structured_outputs.regex")
     guided_choice: list[str] | None = body_field("The older name of structured_outputs.choice")
     guided_grammar: str | None = body_field("The older name of structured_outputs.grammar")
+    thinking_token_budget: int | None = body_field("Tokens after which the think block is closed; -1: any", minimum=-1)
     prompt_logprobs: int | None = body_field("Logprobs of the prompt's tokens, with this many alternatives")
 
     echo: bool = body_field("Begin the answer with the prompt", False)
@@ -161,6 +161,11 @@ class ChatRequest(GenerationRequest):
     top_logprobs: int | None = body_field("Likeliest tokens to return at each position", minimum=-1)
     tools: list[dict[str, Any]] | None = body_field("Functions that the chat template describes to the model")
     tool_choice: Any = body_field('"auto", or "none": the tools are not shown to the model')
+    parallel_tool_calls: bool = body_field("false: only the first tool call of an answer is returned", True)
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = body_field(
+        '"none" turns thinking off, the others turn it on'
+    )
+    include_reasoning: bool = body_field("false: the reasoning is left out of the answer", True)
     add_generation_prompt: bool | None = body_field("Let the template open the assistant's turn; yes if absent")
     continue_final_message: bool = body_field("Continue the last message instead of answering it", False)
     chat_template_kwargs: dict[str, Any] | None = body_field("Variables of the template, such as enable_thinking")
@@ -168,11 +173,8 @@ class ChatRequest(GenerationRequest):
 
     REFUSED: ClassVar[dict[str, Refused]] = {
         **_REFUSED_BY_BOTH,
-        "parallel_tool_calls": Refused("tool calls are not parsed yet.", (True,)),
         "functions": Refused("it is deprecated; use tools."),
         "function_call": Refused("it is deprecated; use tool_choice.", ("none", "auto")),
-        "reasoning_effort": Refused('it comes later; use chat_template_kwargs {"enable_thinking": false}.'),
-        "include_reasoning": Refused("reasoning is not parsed yet: it is part of the content.", (True,)),
         "chat_template": Refused(
             "Chat template is passed with request, but the server does not trust templates of requests; "
             "use --chat-template."
@@ -210,6 +212,16 @@ class ChatRequest(GenerationRequest):
             message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
             raise bad_request(message, "continue_final_message")
         _check_tools(self.tools, self.tool_choice)
+
+    @property
+    def shown_tools(self) -> list[dict[str, Any]] | None:
+        """The tools that the model may call."""
+        return None if self.tool_choice == "none" else self.tools
+
+    def template_variables(self, defaults: dict[str, Any]) -> dict[str, Any]:
+        """The template's variables: the server's, then what `reasoning_effort` means, then the request's own."""
+        effort = {} if self.reasoning_effort is None else {"enable_thinking": self.reasoning_effort != "none"}
+        return {**defaults, **effort, **(self.chat_template_kwargs or {})}
 
     def wanted_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -274,7 +286,7 @@ def check_request_id(request_id: str, param: str) -> str:
 
 
 def _check_tools(tools: list[dict[str, Any]] | None, tool_choice: Any) -> None:
-    """Tools are shown to the model, but its calls come back as text: what promises more is refused."""
+    """The model may call tools; what would force or constrain a call is refused."""
     if tools is not None and not tools:
         raise bad_request("tools must not be an empty list; leave it out.", "tools")
     for i, tool in enumerate(tools or []):

@@ -15,7 +15,7 @@ from qjax.server.state import STATE
 # What of a chat request decides its prompt: the template reads the same messages here as there.
 CHAT_FIELDS = {
     *("model", "messages", "tools", "tool_choice", "add_generation_prompt", "continue_final_message"),
-    *("chat_template_kwargs", "add_special_tokens"),
+    *("chat_template_kwargs", "reasoning_effort", "add_special_tokens"),
 }
 
 

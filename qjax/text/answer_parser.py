@@ -24,7 +24,6 @@ class AnswerParser:
 
     Attributes:
       reasoning: the parser of the first stage; fresh, its state says where the answer begins.
-      answer: what has come so far.
     """
 
     def __init__(
@@ -37,24 +36,21 @@ class AnswerParser:
         is_parallel: bool = True,
         new_id: Callable[[], str] = new_call_id,
     ):
-        self.answer = ParsedAnswer()
         self._calls = ToolCallParser(tool_calls, tools, is_parallel, new_id) if tools and tool_calls != "none" else None
         self.reasoning = ReasoningParser(reasoning, prompt, ends_at_call=self._calls is not None)
 
     def feed(self, text: str) -> list[Event]:
         """The events that new text releases; neighbours differ in kind."""
-        return self._add(self._second_stage(self.reasoning.feed(text)))
+        return joined(self._second_stage(self.reasoning.feed(text)))
 
     def finish(self) -> list[Event]:
         """What was held back, when the answer has ended."""
         events = self._second_stage(self.reasoning.finish())
-        return self._add(events + (self._calls.finish() if self._calls else []))
+        return joined(events + (self._calls.finish() if self._calls else []))
 
     def parse(self, text: str) -> ParsedAnswer:
         """A whole answer."""
-        self.feed(text)
-        self.finish()
-        return self.answer
+        return ParsedAnswer.of([*self.feed(text), *self.finish()])
 
     def finish_reason[T](self, reason: T) -> T | str:
         """ "tool_calls" where the answer has stopped by itself and has a whole call, else the engine's reason."""
@@ -73,8 +69,3 @@ class AnswerParser:
                 self._calls.drops_end_think = True
             out += self._calls.feed(event.text)
         return out
-
-    def _add(self, events: list[Event]) -> list[Event]:
-        events = joined(events)
-        self.answer.add(events)
-        return events

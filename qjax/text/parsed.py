@@ -1,5 +1,6 @@
 """What an answer's text is made of: the events of a parser, and the message they add up to. Plain Python."""
 
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -48,20 +49,14 @@ Event = Reasoning | Content | CallStarted | CallArguments | CallEnded
 
 
 def joined(events: Iterable[Event]) -> list[Event]:
-    """The same events, neighbours of one kind put together."""
+    """The same events, neighbours of one kind put together, and none without text."""
     out: list[Event] = []
-    for event in events:
-        last = out[-1] if out else None
-        if isinstance(event, Reasoning | Content | CallArguments) and not event.text:
-            continue
-        if (
-            (isinstance(event, Reasoning) and isinstance(last, Reasoning))
-            or (isinstance(event, Content) and isinstance(last, Content))
-            or (isinstance(event, CallArguments) and isinstance(last, CallArguments) and event.index == last.index)
-        ):
-            out[-1] = replace(last, text=last.text + event.text)
-        else:
-            out.append(event)
+    for _, group in itertools.groupby(events, lambda e: (type(e), getattr(e, "index", None))):
+        run: list[Any] = list(group)
+        if hasattr(run[0], "text"):
+            text = "".join([e.text for e in run])
+            run = [run[0] if len(run) == 1 else replace(run[0], text=text)] if text else []
+        out += run
     return out
 
 
@@ -86,19 +81,23 @@ class ParsedAnswer:
     content: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
 
-    def add(self, events: Iterable[Event]) -> None:
-        for event in events:
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "ParsedAnswer":
+        """The answer that all of its events add up to."""
+        answer = cls()
+        for event in joined(events):
             match event:
                 case Reasoning(text):
-                    self.reasoning += text
+                    answer.reasoning += text
                 case Content(text):
-                    self.content += text
+                    answer.content += text
                 case CallStarted(_, id, name):
-                    self.tool_calls.append(ToolCall(id, name))
+                    answer.tool_calls.append(ToolCall(id, name))
                 case CallArguments(index, text):
-                    self.tool_calls[index].arguments += text
+                    answer.tool_calls[index].arguments += text
                 case CallEnded(index, is_complete):
-                    self.tool_calls[index].is_complete = is_complete
+                    answer.tool_calls[index].is_complete = is_complete
+        return answer
 
     def message(self, include_reasoning: bool = True) -> dict[str, Any]:
         """OpenAI's assistant message.

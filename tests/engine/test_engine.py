@@ -9,6 +9,7 @@ import pytest
 
 from qjax import SamplingParams
 from qjax.checkpoint.safetensors import save_params
+from qjax.outputs import CompletionOutput, RequestOutput
 from qjax.sampling_params import StructuredOutputsParams
 from tests.engine.conftest import make_llm
 
@@ -327,3 +328,18 @@ def test_a_thinking_budget_closes_the_block(llm):
     prompt = llm.engine.tokenizer.apply_chat_template(messages) + "<think>"
     tokens = ids(llm.generate(prompt, bounded, use_tqdm=False))[0]
     assert tokens.index(end) == 4 and tokens.count(end) == 1 and len(tokens) == 12
+
+
+def test_chat_can_tell_reasoning_and_tool_calls_apart(llm, monkeypatch):
+    said = '<think>\nhm\n</think>\n\nI look.\n<tool_call>\n{"name": "f", "arguments": {"a": "é"}}\n</tool_call>'
+    outputs = lambda prompts, *_, **__: [RequestOutput("0", p, [], [CompletionOutput(0, said, [])]) for p in prompts]
+    monkeypatch.setattr(llm, "generate", outputs)
+    messages = [{"role": "user", "content": "Hi"}]
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    message = llm.chat(messages, tools=tools, parse=True)[0].outputs[0].message
+    call = message.pop("tool_calls")[0]
+    assert call.pop("id") and call == {"type": "function", "function": {"name": "f", "arguments": '{"a": "é"}'}}
+    assert message == {"role": "assistant", "content": "I look.", "reasoning": "hm", "reasoning_content": "hm"}
+    closed = llm.chat(messages, chat_template_kwargs={"enable_thinking": False}, parse=True)[0].outputs[0]
+    assert closed.message == {"role": "assistant", "content": said}, "thinking was off, and there are no tools"
+    assert llm.chat(messages)[0].outputs[0].message is None

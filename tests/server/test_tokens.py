@@ -26,6 +26,8 @@ async def test_a_conversation_becomes_what_chat_reads(server):
     _, answer, _ = await server.post("/tokenize", body)
     await server.post("/v1/chat/completions", body)
     assert answer["tokens"] == server.engine.calls[-1][1]
+    _, by_effort, _ = await server.post("/tokenize", {"messages": messages, "reasoning_effort": "none"})
+    assert by_effort == answer
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,7 @@ CALL = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
 def parse(text: str, prompt: str = HYBRID, **options) -> ParsedAnswer:
     """The answer, the same whole and in characters."""
     whole = make_parser(prompt, **options).parse(text)
-    _, parser = streamed(text, prompt, **options)
-    assert parser.answer == whole
+    assert ParsedAnswer.of(streamed(text, prompt, **options)[0]) == whole
     return whole
 
 

@@ -12,7 +12,7 @@ Calls = list[tuple[str, str]]
 def parse(text: str, **options) -> ParsedAnswer:
     """The answer, the same whole and in characters."""
     whole = make_parser(**options).parse(text)
-    assert streamed(text, **options)[1].answer == whole
+    assert ParsedAnswer.of(streamed(text, **options)[0]) == whole
     return whole
 
 
@@ -107,8 +107,8 @@ class TestMistakesBehindTheCheckedPart:
         assert calls(answer) == [("f", self.LONG + "\n"), ("g", "{}")]
 
     def test_cut(self) -> None:
-        events, parser = streamed(f'<tool_call>\n{{"name": "f", "arguments": {self.LONG}oops </tool')
-        assert calls(parser.answer) == [("f", self.LONG + "oops </tool")]
+        events, _ = streamed(f'<tool_call>\n{{"name": "f", "arguments": {self.LONG}oops </tool')
+        assert calls(ParsedAnswer.of(events)) == [("f", self.LONG + "oops </tool")]
         assert events[-1] == CallEnded(0, is_complete=False)
 
 

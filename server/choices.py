@@ -1,0 +1,71 @@
+"""`Choice`: one answer of a chat, from the engine's deltas to OpenAI's message or its deltas."""
+
+from typing import Any
+
+from qjax.config import ServerConfig
+from qjax.outputs import CompletionOutput
+from qjax.server.generation import Answer
+from qjax.server.protocol import ChatRequest
+from qjax.text.answer_parser import AnswerParser
+from qjax.text.parsed import CallArguments, CallStarted, Content, Event, Reasoning
+from qjax.text.reasoning import ReasoningTokens
+from qjax.text.tokenizer import Tokenizer
+
+
+class Choice:
+    """Parses one answer; the whole and the streamed one go through the same parser.
+
+    Args:
+      prompt: the rendered prompt, whose end says where the answer begins.
+    """
+
+    def __init__(self, config: ServerConfig, body: ChatRequest, prompt: str, tokenizer: Tokenizer):
+        self.answer = Answer()
+        self._parser = AnswerParser(
+            prompt,
+            reasoning=config.reasoning_parser,
+            tools=body.shown_tools,
+            tool_calls=config.tool_call_parser if config.enable_auto_tool_choice else "none",
+            is_parallel=body.parallel_tool_calls,
+        )
+        self._includes_reasoning = body.include_reasoning
+        self._reasoning_tokens = ReasoningTokens(tokenizer, self._parser.reasoning)
+
+    @property
+    def num_reasoning(self) -> int:
+        """Tokens between the tags."""
+        return self._reasoning_tokens.count
+
+    def count(self, delta: CompletionOutput) -> None:
+        self._reasoning_tokens.add(delta.token_ids)
+
+    def deltas(self, delta: CompletionOutput) -> list[dict[str, Any]]:
+        """OpenAI's deltas, each with one kind of text, as many clients read only one."""
+        events = self._parser.feed(delta.text)
+        if delta.is_finished:
+            events += self._parser.finish()
+        return [d for event in events if (d := self._delta(event))]
+
+    def message(self, echo: str) -> dict[str, Any]:
+        """The whole answer's message; its content begins with `echo`."""
+        message = self._parser.parse(self.answer.text).message(self._includes_reasoning)
+        if echo:
+            message["content"] = echo + (message["content"] or "")
+        return {**message, "refusal": None}
+
+    def finish_reason(self, delta: CompletionOutput | Answer) -> str | None:
+        """Of an answer that has been parsed to its end."""
+        return self._parser.finish_reason(delta.finish_reason)
+
+    def _delta(self, event: Event) -> dict[str, Any] | None:
+        match event:
+            case Reasoning(text):
+                return {"reasoning": text, "reasoning_content": text} if self._includes_reasoning else None
+            case Content(text):
+                return {"content": text}
+            case CallStarted(index, id, name):
+                call = {"id": id, "type": "function", "function": {"name": name, "arguments": ""}}
+                return {"tool_calls": [{"index": index, **call}]}
+            case CallArguments(index, text):
+                return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        return None
