@@ -6,7 +6,7 @@ A `Corpus` is all documents' tokens in one array; `Loader` turns it into batches
 import json
 import queue
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,11 @@ class Corpus:
         return cls(np.concatenate([*ids, []]).astype(np.int32), np.concatenate([*masks, []]).astype(bool), offsets)
 
 
-def open_corpus(path: str | Path, tokenizer: Tokenizer | None) -> Corpus:
+def open_corpus(path: str | Path, load_tokenizer: Callable[[], Tokenizer]) -> Corpus:
     """A folder of arrays, or a JSONL file of chats (`{"messages": [...], "tools": [...]}` a line).
+
+    Args:
+      load_tokenizer: called for chats alone.
 
     Raises:
       ValueError: there is no such file, or a line is wrong; the message names the line.
@@ -84,9 +87,7 @@ def open_corpus(path: str | Path, tokenizer: Tokenizer | None) -> Corpus:
         raise ValueError(f"data: {path} must be a folder of arrays or a .jsonl file of chat messages.")
     if not path.is_file():
         raise ValueError(f"data: {path} is missing.")
-    if tokenizer is None:
-        raise ValueError(f"data: {path} needs a tokenizer, and the model's folder has none.")
-    return Corpus.from_documents(_read_chats(path, tokenizer))
+    return Corpus.from_documents(_read_chats(path, load_tokenizer()))
 
 
 def _read_chats(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[list[int], list[bool]]]:

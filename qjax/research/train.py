@@ -56,8 +56,7 @@ class Trainer:
         self.config = config
         self.folder = hub.resolve(config.model, need_weights=not config.from_scratch)
         self.model_config = ModelConfig.from_hf(json.loads((self.folder / "config.json").read_text()))
-        self.tokenizer = _tokenizer_of(self.folder)
-        corpus = open_corpus(config.data, self.tokenizer) if corpus is None else corpus
+        corpus = open_corpus(config.data, partial(Tokenizer.from_pretrained, self.folder)) if corpus is None else corpus
         self._check_ids(corpus)
         self.loader = Loader(corpus, row_length=config.seq_len, batch_size=config.batch_size, seed=config.seed)
 
@@ -216,10 +215,3 @@ class Trainer:
             raise ValueError(f"data: token id {largest} is there, but vocab_size is {vocab}.")
         if not np.any(corpus.loss_mask):
             raise ValueError("data: the loss mask is empty: no token would be learnt.")
-
-
-def _tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The folder's tokenizer; None if it has none: token arrays need none."""
-    if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-        return None
-    return Tokenizer.from_pretrained(folder)
