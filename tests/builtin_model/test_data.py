@@ -61,7 +61,7 @@ class TestArrays:
         assert np.array_equal(np.load(out / "valid" / "tokens.npy"), arrays.tokens)
 
     def test_an_empty_folder_is_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="scripts.builtin_model.build"):
+        with pytest.raises(ValueError, match=r"scripts\.builtin_model\.build"):
             dataset.unpack_folder(tmp_path, tmp_path / "out")
 
 
