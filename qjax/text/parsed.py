@@ -48,8 +48,10 @@ class CallEnded:
 Event = Reasoning | Content | CallStarted | CallArguments | CallEnded
 
 
-def joined(events: Iterable[Event]) -> list[Event]:
+def joined(events: list[Event]) -> list[Event]:
     """The same events, neighbours of one kind put together, and none without text."""
+    if len(events) < 2:  # as with most tokens
+        return events
     out: list[Event] = []
     for _, group in itertools.groupby(events, lambda e: (type(e), getattr(e, "index", None))):
         run: list[Any] = list(group)
@@ -85,7 +87,7 @@ class ParsedAnswer:
     def of(cls, events: Iterable[Event]) -> "ParsedAnswer":
         """The answer that all of its events add up to."""
         answer = cls()
-        for event in joined(events):
+        for event in joined(list(events)):
             match event:
                 case Reasoning(text):
                     answer.reasoning += text
@@ -115,9 +117,12 @@ class ParsedAnswer:
 
 
 def held_back(text: str, *markers: str) -> int:
-    """Length of the longest end of `text` that may be the beginning of a marker."""
-    longest = min(len(text), max(map(len, markers)) - 1)
-    for length in range(longest, 0, -1):
-        if any(marker.startswith(text[-length:]) for marker in markers if length < len(marker)):
-            return length
+    """Length of the longest end of `text` that may be the beginning of a marker, a tag from "<" on."""
+    longest = max(map(len, markers)) - 1
+    i = text.find("<", max(0, len(text) - longest))
+    while i >= 0:
+        end = text[i:]
+        if any(marker.startswith(end) and marker != end for marker in markers):
+            return len(end)
+        i = text.find("<", i + 1)
     return 0
