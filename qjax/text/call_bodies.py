@@ -252,9 +252,9 @@ def _value_end(text: str, start: int) -> tuple[int, bool]:
     return len(text), False
 
 
-def _types(schema: Any) -> frozenset[str]:
-    """The JSON types that a schema allows; none where it does not say."""
-    if not isinstance(schema, Mapping):
+def _types(schema: Any, depth: int = 8) -> frozenset[str]:
+    """The JSON types that a schema allows; none where it does not say, or too far down."""
+    if not isinstance(schema, Mapping) or not depth:
         return frozenset()
     types = schema.get("type")
     found = {types} if isinstance(types, str) else set()
@@ -263,7 +263,7 @@ def _types(schema: Any) -> frozenset[str]:
     for name in ("anyOf", "oneOf"):
         options = schema.get(name)
         for option in options if isinstance(options, list) else []:
-            found |= _types(option)
+            found |= _types(option, depth - 1)
     return frozenset(found)
 
 

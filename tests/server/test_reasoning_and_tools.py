@@ -2,6 +2,8 @@
 
 import pytest
 
+from qjax.config import ServerConfig
+
 HI = [{"role": "user", "content": "Hi"}]
 CHAT = "/v1/chat/completions"
 TOOLS = [
@@ -67,6 +69,20 @@ async def both(server, **body):
     assert [(name, arguments) for _, name, arguments in streamed["tool_calls"]] == calls
     assert all(c.id.startswith("chatcmpl-tool-") for c in choice.message.tool_calls or [])
     return choice.message, calls, reason
+
+
+def test_vllms_flags_are_accepted():
+    from qjax.cli import make_parser, read_config
+
+    argv = ["serve", "m", "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    config = read_config(ServerConfig, make_parser().parse_args(argv))
+    assert (config.reasoning_parser, config.enable_auto_tool_choice, config.tool_call_parser) == (
+        "qwen3",
+        True,
+        "hermes",
+    )
+    with pytest.raises(ValueError, match="reasoning_parser must be one of auto, qwen3, deepseek_r1, none"):
+        ServerConfig(reasoning_parser="granite")
 
 
 class TestReasoning:

@@ -269,6 +269,13 @@ class TestXml:
     def test_cut(self) -> None:
         assert calls(parse("<tool_call><function=f><parameter=a>\nhal")) == [("f", '{"a": "hal')]
 
+    def test_deep_schemas(self) -> None:
+        schema: dict = {"type": "integer"}
+        for _ in range(5000):
+            schema = {"anyOf": [schema]}
+        tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": schema}}}}]
+        assert calls(parse(xml(parameter("a", "1"), name="f"), tools=tools)) == [("f", '{"a": "1"}')]
+
     def test_odd_schemas(self) -> None:
         for properties in ({"a": 5}, {"a": {"type": 5}}, {"a": {"type": [5], "anyOf": [5]}}, [], None):
             tools = [{"type": "function", "function": {"name": "f", "parameters": {"properties": properties}}}, {}]
