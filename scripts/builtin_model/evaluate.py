@@ -16,6 +16,7 @@ from scripts.builtin_model.dialogue import Dialogue, Mode
 
 TEST_SEED = 4711
 MAX_TOKENS = 400
+MAX_MODEL_LEN = 1280  # the longest prompt has less than 900 tokens
 # row of the table -> (skills in equal parts, mode)
 ROWS: dict[str, tuple[Sequence[str], Mode]] = {
     "addition, up to four digits": (("addition",), "on"),
@@ -55,8 +56,10 @@ def prompt(tokenizer: Any, dialogue: Dialogue) -> str:
     return tokenizer.apply_chat_template(dialogue.messages[:-1], tools=dialogue.tools, **options)
 
 
-def evaluate(folder: Path, count: int, rows: Sequence[str], show: int = 0, **options: Any) -> dict[str, Any]:
-    """Accuracy and share of well-formed think blocks per row, and how fast it went."""
+def evaluate(
+    folder: Path, count: int, rows: Sequence[str], show: int = 0, out: Path | None = None, **options: Any
+) -> dict[str, Any]:
+    """Accuracy and share of well-formed think blocks per row, and how fast it went; `out` is written after each row."""
     llm = LLM(str(folder), **options)
     tokenizer = llm.get_tokenizer()
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
@@ -76,8 +79,14 @@ def evaluate(folder: Path, count: int, rows: Sequence[str], show: int = 0, **opt
         wrong = [(d, a) for d, a, s in zip(dialogues, answers, scores, strict=True) if not s.is_right]
         for d, a in wrong[:show]:
             print(f"  [{d.skill}] {d.messages[-2]['content']!r}\n    wrote {a.text!r}\n    wants {d.expected.value!r}")
-    seconds = time.perf_counter() - start
-    thinking = [table[row]["well_formed"] for row in rows if ROWS[row][1] == "on"]
+        result = _summary(table, time.perf_counter() - start, num_tokens)
+        if out:
+            out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def _summary(table: dict[str, dict[str, Any]], seconds: float, num_tokens: int) -> dict[str, Any]:
+    thinking = [values["well_formed"] for row, values in table.items() if ROWS[row][1] == "on"]
     return {
         "rows": table,
         "think_blocks_well_formed": sum(thinking) / len(thinking) if thinking else None,
@@ -96,10 +105,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the numbers; `card` reads it")
     args = parser.parse_args()
     rows = [row for row in ROWS if any(part in row for part in args.rows)]
-    result = evaluate(args.folder, args.items, rows, args.show, max_num_seqs=args.max_num_seqs, max_model_len=2048)
+    if not rows:
+        parser.error(f"--rows: no row's name holds any of {args.rows}; the rows are {', '.join(ROWS)}.")
+    options = {"max_num_seqs": args.max_num_seqs, "max_model_len": MAX_MODEL_LEN}
+    result = evaluate(args.folder, args.items, rows, args.show, args.out, **options)
     print({k: v for k, v in result.items() if k != "rows"})
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
