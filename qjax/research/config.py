@@ -56,6 +56,10 @@ class TrainConfig:
         parse=parse_json,
     )
 
+    adapter: str | None = option(
+        None, "Folder of a LoRA adapter in PEFT's format to go on from", group="Model", metavar="FOLDER"
+    )
+
     data: str = option("", "JSONL file of chats, or folder of token arrays", group="Data", metavar="PATH")
     seq_len: int = option(1024, "Places in a row; documents are packed into rows", group="Data", metavar="TOKENS")
     batch_size: int = option(8, "Rows of one optimizer step", group="Data", metavar="ROWS")
@@ -128,6 +132,10 @@ class TrainConfig:
                 raise ValueError(f"{name} needs output, a folder.")
         if self.lora is not None and self.from_scratch:
             raise ValueError("lora trains adapters of a model's weights; it does not go with from_scratch.")
+        if self.adapter and (self.lora is not None or self.from_scratch):
+            raise ValueError(
+                "adapter brings its own lora, and goes with a model's weights: leave lora and from_scratch."
+            )
         self.lora_config  # noqa: B018 checked here
 
     @property

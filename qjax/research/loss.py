@@ -19,7 +19,8 @@ def token_logprobs(
     """Log-probability of each target, float32 [T].
 
     Args:
-      head: float32 [V, D] (the embedding, `is_tied`) or [D, V], split on V over tensor parallelism.
+      head: [V, D] (the embedding, `is_tied`) or [D, V], split on V over tensor parallelism; float32
+        where it is trained.
       hidden: [T, D] in the compute dtype, rows split over data.
       targets: int32 [T].
       num_chunks: parts of each row whose logits [B, row_length / num_chunks, V] exist at a time.
@@ -70,7 +71,7 @@ def _backward(is_tied: bool, saved: Any, grad: jax.Array) -> tuple[jax.Array, ja
         right,
         (((0, 1), (0, 1)), ((), ())),
         precision=_precision(hidden),
-        preferred_element_type=jnp.float32,
+        preferred_element_type=head.dtype,
         out_sharding=jax.typeof(head).sharding,
     )
     return grad_head, grad_hidden, None

@@ -1,7 +1,7 @@
 """The jitted training step over flat leaves: gradients of the packed rows' loss, then the optimizer. Pure functions."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from qjax.research.batch import PackedBatch
 from qjax.research.forward import ForwardOptions, hidden_states, token_logprobs
 
 Leaves = tuple[jax.Array, ...]
+Assemble = Callable[[Leaves, Leaves], Leaves]  # (trained, frozen) → the model's leaves
 
 
 @jax.tree_util.register_dataclass
@@ -52,6 +53,11 @@ class StepMetrics:
         return cls(loss, grad_norm, round(num_targets), round(num_tokens))
 
 
+def take_trained(params: Leaves, frozen: Leaves) -> Leaves:
+    """`StepDef.assemble` where the whole model is trained."""
+    return params
+
+
 @dataclass(frozen=True)
 class StepDef:
     """The static part of a step."""
@@ -61,8 +67,7 @@ class StepDef:
     implementation: str  # of the attention
     forward: ForwardOptions
     optimizer: optax.GradientTransformation
-    assemble: Callable[[Leaves, Leaves], Leaves] = field(default=lambda params, frozen: params)
-    # (trained, frozen) → the model's leaves
+    assemble: Assemble
 
 
 def train_step(
@@ -94,7 +99,7 @@ def train_step(
     num_targets = jnp.sum(batch.weights)
     scale = 1.0 / jnp.maximum(num_targets, 1.0)
     grads = jax.tree.map(lambda g: g * scale, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     updates, opt_state = static.optimizer.update(grads, state.opt_state, state.params)
     params = jax.tree.map(lambda p, u: p - learning_rate * u, state.params, updates)
     new = TrainState(params, opt_state)

@@ -20,19 +20,29 @@ from qjax.checkpoint.safetensors import dummy_params, load_params
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import abstract_model
 from qjax.research.attention import choose_implementation
+from qjax.research.checkpoint import Checkpoints, Progress
 from qjax.research.config import TrainConfig
 from qjax.research.data import Corpus, Loader, Position, Prefetcher, open_corpus
 from qjax.research.export import export_folder
 from qjax.research.forward import ForwardOptions
+from qjax.research.lora import (
+    AdapterDef,
+    load_adapter,
+    make_adapter_def,
+    new_adapter,
+    read_adapter_config,
+    save_adapter,
+)
 from qjax.research.metrics import LogRecord, Reporter, flops_per_token, peak_flops
 from qjax.research.optimizer import learning_rate, make_optimizer
 from qjax.research.packing import HostBatch
-from qjax.research.step import StepDef, StepMetrics, TrainBatch, TrainState, train_step
+from qjax.research.step import Assemble, StepDef, StepMetrics, TrainBatch, TrainState, take_trained, train_step
 from qjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger("qjax")
 
 MAX_IN_FLIGHT = 4  # steps dispatched and not read: enough that the device never waits for Python
+FIXED = ("model", "lora", "adapter", "seq_len", "batch_size", "seed", "weight_decay", "max_grad_norm")  # when resumed
 MAX_SKIPPED = 20  # steps in a row without a finite gradient
 
 
@@ -66,18 +76,37 @@ class Trainer:
         device = self.mesh.devices.flat[0]
         self.dtype = config.dtype if config.dtype != "auto" else ("float32" if device.platform == "cpu" else "bfloat16")
         self.modeldef, abstract = abstract_model(self.model_config, jnp.float32, self.mesh)
+        lora_config = read_adapter_config(config.adapter) if config.adapter else config.lora_config
+        heads = self.model_config.num_key_value_heads
+        if lora_config is None and config.tensor_parallel_size > heads:  # copies of a head would drift apart
+            raise ValueError(
+                f"tensor_parallel_size={config.tensor_parallel_size} is more than num_key_value_heads={heads}: "
+                "only LoRA adapters can be trained so. Lower it, or set lora."
+            )
+        weights_dtype = jnp.float32 if lora_config is None else self.dtype
         if config.from_scratch:
             leaves = dummy_params(abstract, self.modeldef, seed=config.seed)
         else:
-            leaves = load_params(self.folder, self.model_config, self.mesh, jnp.float32)
-        optimizer = make_optimizer(config, self.modeldef.paths)
-        self.frozen: tuple[jax.Array, ...] = ()
+            leaves = load_params(self.folder, self.model_config, self.mesh, weights_dtype)
+        self.frozen: tuple[jax.Array, ...] = ()  # weights that are not trained
+        self.adapterdef: AdapterDef | None = None
+        paths = self.modeldef.paths
+        assemble: Assemble = take_trained
+        if lora_config is not None:
+            self.adapterdef = make_adapter_def(lora_config, self.model_config, self.modeldef, self.mesh)
+            paths, assemble, self.frozen = self.adapterdef.paths, self.adapterdef.apply, leaves
+            if config.adapter:
+                leaves = load_adapter(config.adapter, self.adapterdef, self.mesh)
+            else:
+                leaves = new_adapter(self.adapterdef, self.mesh, config.seed)
+        optimizer = make_optimizer(config, paths)
         self.static = StepDef(
             modeldef=self.modeldef,
             row_length=config.seq_len,
             implementation=choose_implementation(config.attention, self.dtype, self.model_config.head_dim, device),
             forward=ForwardOptions(jnp.dtype(self.dtype), config.remat, config.num_loss_chunks),
             optimizer=optimizer,
+            assemble=assemble,
         )
         with jax.set_mesh(self.mesh):
             self.state = TrainState(leaves, jax.jit(optimizer.init)(leaves))
@@ -86,6 +115,8 @@ class Trainer:
         self.seconds = 0.0  # spent in `train`, earlier runs of the same output included
         self.history: list[StepMetrics] = []  # of every step of this process
         self._compiled: Any = None
+        if config.resume:
+            self._resume()
 
     @property
     def num_steps(self) -> int | None:
@@ -96,8 +127,14 @@ class Trainer:
 
     @property
     def params(self) -> tuple[jax.Array, ...]:
-        """The model's leaves as trained, float32, in the order of `modeldef.paths`; for `LLM.update_weights`."""
-        return self.state.params
+        """The model's leaves as trained, in the order of `modeldef.paths`, adapters merged; for `LLM.update_weights`.
+
+        Without adapters these are the arrays that the next step takes over: copy what must outlive it.
+        """
+        if self.adapterdef is None:
+            return self.state.params
+        with jax.set_mesh(self.mesh):
+            return jax.jit(self.adapterdef.apply)(self.state.params, self.frozen)
 
     def train(self, *, progress: bool | None = None) -> list[LogRecord]:
         """Runs to the end, writes the result to `config.output` if there is one, and returns the log.
@@ -121,6 +158,7 @@ class Trainer:
             peak=None if peak is None else peak * len(devices),
             progress=progress,
         )
+        checkpoints = Checkpoints(self._checkpoint_folder) if config.save_every else None
         prefetcher = Prefetcher(self.loader, self.position)
         flying: collections.deque[tuple[int, float, jax.Array]] = collections.deque()
         rate, skipped = 0.0, 0
@@ -152,15 +190,22 @@ class Trainer:
                 flying.append((self.step, rate, packed))
                 if len(flying) > MAX_IN_FLIGHT:
                     read_one()
+                if checkpoints is not None and self.step % config.save_every == 0:
+                    self.seconds = time.perf_counter() - began
+                    checkpoints.save(self.state, self._progress())
                 batch, position = prefetcher.next()
             while flying:
                 read_one()
         finally:
             prefetcher.close()
             reporter.close(self.step, rate)
+            if checkpoints is not None:
+                checkpoints.close()
             self.seconds = time.perf_counter() - began
         if config.output:
             self.export(config.output)
+            if self.adapterdef is not None:
+                self.save_adapter(Path(config.output) / "adapter")
         return reporter.records
 
     def _share(self, first: float) -> float:
@@ -196,6 +241,33 @@ class Trainer:
     def export(self, folder: str | Path) -> None:
         """Writes a Hugging Face folder (bfloat16) that transformers and qjax load."""
         export_folder(self.params, self.model_config, self.mesh, self.folder, folder, num_shards=self.config.num_shards)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapter in PEFT's format.
+
+        Raises:
+          ValueError: the run trains no adapter.
+        """
+        if self.adapterdef is None:
+            raise ValueError("lora: the run trains the whole model, there is no adapter to save.")
+        save_adapter(self.state.params, self.adapterdef, self.config.model, folder)
+
+    @property
+    def _checkpoint_folder(self) -> Path:
+        return Path(self.config.output) / "checkpoints"
+
+    def _progress(self) -> Progress:
+        options = {name: getattr(self.config, name) for name in FIXED}
+        return Progress(self.step, self.position.epoch, self.position.row, self.seconds, options)
+
+    def _resume(self) -> None:
+        checkpoints = Checkpoints(self._checkpoint_folder)
+        try:
+            self.state, progress = checkpoints.restore(self.state, self._progress().options)
+        finally:
+            checkpoints.close()
+        self.step, self.seconds = progress.step, progress.seconds
+        self.position = Position(progress.epoch, progress.row)
 
     def _place(self, batch: HostBatch) -> TrainBatch:
         """A host batch on the devices: [A, T], rows split over data."""

@@ -46,7 +46,9 @@ def test_logits_of_packed_documents_equal_the_paged_ones(name, chunks):
     logits, logprobs = packed_logprobs(stepper_of(name), batch, L, chunks)
     assert len(rows) == 2 and (batch.segment_ids == 0).any()
 
-    starts = {tuple(d[:-1]): stepper_of(name).run({}, {0: d}) for d in documents}
+    together = stepper_of(name, num_seqs=4).run({}, dict(enumerate(documents)))
+    alone = np.split(together, offsets[1:-1])
+    starts = {tuple(d[:-1]): logits for d, logits in zip(documents, alone, strict=True)}
     for row in range(len(rows)):
         for segment in range(1, batch.segment_ids.reshape(-1, L)[row].max() + 1):
             where = np.flatnonzero((batch.segment_ids == segment) & (np.arange(len(batch.token_ids)) // L == row))
