@@ -8,7 +8,7 @@ import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,6 @@ from qjax.checkpoint.safetensors import dummy_params, load_params
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import abstract_model
 from qjax.research.attention import choose_implementation
-from qjax.research.checkpoint import Checkpoints, Progress
 from qjax.research.config import TrainConfig
 from qjax.research.data import Corpus, Loader, Position, Prefetcher, open_corpus
 from qjax.research.export import export_folder
@@ -38,6 +37,9 @@ from qjax.research.optimizer import learning_rate, make_optimizer
 from qjax.research.packing import HostBatch
 from qjax.research.step import Assemble, StepDef, StepMetrics, TrainBatch, TrainState, take_trained, train_step
 from qjax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from qjax.research.checkpoint import Checkpoints, Progress
 
 log = logging.getLogger("qjax")
 
@@ -158,7 +160,7 @@ class Trainer:
             peak=None if peak is None else peak * len(devices),
             progress=progress,
         )
-        checkpoints = Checkpoints(self._checkpoint_folder) if config.save_every else None
+        checkpoints = self._checkpoints() if config.save_every else None
         prefetcher = Prefetcher(self.loader, self.position)
         flying: collections.deque[tuple[int, float, jax.Array]] = collections.deque()
         rate, skipped = 0.0, 0
@@ -252,16 +254,19 @@ class Trainer:
             raise ValueError("lora: the run trains the whole model, there is no adapter to save.")
         save_adapter(self.state.params, self.adapterdef, self.config.model, folder)
 
-    @property
-    def _checkpoint_folder(self) -> Path:
-        return Path(self.config.output) / "checkpoints"
+    def _checkpoints(self) -> "Checkpoints":
+        from qjax.research.checkpoint import Checkpoints  # importing Orbax takes seconds
 
-    def _progress(self) -> Progress:
+        return Checkpoints(Path(self.config.output) / "checkpoints")
+
+    def _progress(self) -> "Progress":
+        from qjax.research.checkpoint import Progress
+
         options = {name: getattr(self.config, name) for name in FIXED}
         return Progress(self.step, self.position.epoch, self.position.row, self.seconds, options)
 
     def _resume(self) -> None:
-        checkpoints = Checkpoints(self._checkpoint_folder)
+        checkpoints = self._checkpoints()
         try:
             self.state, progress = checkpoints.restore(self.state, self._progress().options)
         finally:
