@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
@@ -13,6 +13,9 @@ from qjax.outputs import CompletionBuilder, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.answer_parser import AnswerParser
 from qjax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jax
 
 Prompt = str | dict[str, Any] | list[int]
 Messages = list[dict[str, Any]]
@@ -118,6 +121,31 @@ class LLM:
         ]
         outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         return [_with_messages(output, tools) for output in outputs] if parse else outputs
+
+    def score(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[list[float]]:
+        """Log-probability of each token of a text but the first, given those before it, by the engine's own step.
+
+        Args:
+          prompts: as in `generate`; a text must leave room for one token more.
+
+        Raises:
+          ValueError: a text cannot be scored; nothing was started.
+        """
+        params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        scored = []
+        for output in self.generate(prompts, params, use_tqdm=use_tqdm):
+            rows = output.prompt_logprobs or []
+            pairs = zip(output.prompt_token_ids[1:], rows[1:], strict=True)
+            scored.append([row[token_id].logprob for token_id, row in pairs if row is not None])
+        return scored
+
+    def update_weights(self, params: Sequence["jax.Array"]) -> None:
+        """Puts other weights into the running engine, such as `Trainer.params`: no reload, no copy through the host.
+
+        Raises:
+          ValueError: requests run, or the arrays are not this model's.
+        """
+        self.engine.update_weights(params)
 
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer

@@ -5,8 +5,10 @@ Not thread-safe: one thread adds, aborts and steps. `AsyncEngine` and `LLM` are 
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+import jax
 
 from qjax.config import EngineConfig
 from qjax.engine.block_pool import BlockPool
@@ -17,6 +19,7 @@ from qjax.engine.request import Request
 from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.engine.step import StepOptions
+from qjax.engine.weights import check_weights, replace_weights
 from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.constraint import Constraint, ThinkBlock
@@ -362,3 +365,28 @@ class Engine:
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached pages. False while requests hold some."""
         return self.pool.reset_prefix_cache()
+
+    def update_weights(self, params: Sequence[jax.Array]) -> None:
+        """Puts other weights into the running engine, on the devices; forgets the prefix cache made with the old ones.
+
+        Args:
+          params: the model's leaves in the order of `ModelDef.paths`, in any floating dtype; copied.
+
+        Raises:
+          ValueError: requests run, or an array has another shape than the model's.
+        """
+        if self.has_unfinished:
+            raise ValueError(
+                f"update_weights: {len(self._groups)} request(s) run; their answers would be of two models. Wait for "
+                "them or abort them first."
+            )
+        while self.has_work:
+            self.step()
+        runner = self.runner
+        check_weights(runner.leaves, params, runner.modeldef.paths)
+        leaves, runner.leaves = list(runner.leaves), ()
+        try:
+            replace_weights(leaves, params)
+        finally:
+            runner.leaves = tuple(leaves)
+        self.reset_prefix_cache()

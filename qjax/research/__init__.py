@@ -10,17 +10,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qjax.research.config import LoRAConfig, TrainConfig, read_train_config
     from qjax.research.data import Corpus, render_chat
+    from qjax.research.scoring import Consistency, Scores, consistency, score_texts
     from qjax.research.train import Trainer
 
-__all__ = ["Corpus", "LoRAConfig", "TrainConfig", "Trainer", "read_train_config", "render_chat"]
+__all__ = [
+    "Consistency",
+    "Corpus",
+    "LoRAConfig",
+    "Scores",
+    "TrainConfig",
+    "Trainer",
+    "consistency",
+    "read_train_config",
+    "render_chat",
+    "score_texts",
+]
 
 _MODULES = {
+    "Consistency": "qjax.research.scoring",
     "Corpus": "qjax.research.data",
     "LoRAConfig": "qjax.research.config",
+    "Scores": "qjax.research.scoring",
     "TrainConfig": "qjax.research.config",
     "Trainer": "qjax.research.train",
+    "consistency": "qjax.research.scoring",
     "read_train_config": "qjax.research.config",
     "render_chat": "qjax.research.data",
+    "score_texts": "qjax.research.scoring",
 }
 
 

@@ -1,0 +1,24 @@
+"""New weights for a loaded model, put in place on the devices: no copy through the host, no compiling."""
+
+from collections.abc import Sequence
+
+import jax
+
+
+def check_weights(leaves: Sequence[jax.Array], new: Sequence[jax.Array], paths: Sequence[str]) -> None:
+    """Raises ValueError if `new` are not arrays for `leaves`, which lie at `paths` of the model."""
+    if len(new) != len(leaves):
+        raise ValueError(f"params: expected {len(leaves)} arrays, one for each leaf of the model, got {len(new)}.")
+    for path, old, array in zip(paths, leaves, new, strict=True):
+        if array.shape != old.shape:
+            raise ValueError(f"params: {path} has shape {list(array.shape)}, the model's has {list(old.shape)}.")
+
+
+def replace_weights(leaves: list[jax.Array], new: Sequence[jax.Array]) -> None:
+    """Puts `new` into `leaves`, one after the other, in the dtype and the sharding of what they replace.
+
+    They are copies: whoever made `new` may change or donate it. At most one leaf is there twice (besides `new`).
+    """
+    for i, array in enumerate(new):
+        old = leaves[i]
+        leaves[i] = jax.device_put(array.astype(old.dtype), old.sharding, may_alias=False)
