@@ -14,6 +14,7 @@ from dataclasses import Field, fields
 from typing import Any, NoReturn
 
 from qjax.config import (
+    BUILTIN_MODEL,
     EngineConfig,
     ServerConfig,
     describe,
@@ -27,13 +28,14 @@ EXAMPLE = "Qwen/Qwen3-0.6B"
 SCREEN = f"""\
 qjax: an inference engine for the Qwen3 models, in JAX
 
+  qjax serve                                an HTTP server with the small Qwen3 that ships with qjax
   qjax serve {EXAMPLE}                 an HTTP server with OpenAI's API
   qjax chat {EXAMPLE}                  talk to a model in this terminal
   qjax generate {EXAMPLE} "Once upon"  continue a text
   qjax info {EXAMPLE}                  size and memory plan, without loading
   qjax train run.toml                        fine-tune a model on chats
 
-A model is a name on the Hugging Face hub or a local folder.
+A model is a name on the Hugging Face hub or a local folder; without one, the built-in model is used.
 `qjax COMMAND --help` lists a command's options, `qjax --version` the version.
 """
 COMMANDS = ("serve", "chat", "generate", "info", "train")
@@ -126,9 +128,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", parser_class=Parser)
 
     def command(name: str, run: Callable[[argparse.Namespace], int | None], description: str, more: str = "") -> Parser:
-        usage = f"qjax {name} MODEL {more}[OPTIONS]"
+        usage = f"qjax {name} {'MODEL' if more else '[MODEL]'} {more}[OPTIONS]"
         sub = commands.add_parser(name, usage=usage, description=description, argument_default=argparse.SUPPRESS)
-        sub.add_argument("model", nargs="?", metavar="MODEL", help="Name on the Hugging Face hub, or local folder")
+        sub.add_argument("model", nargs="?", metavar="MODEL", help="Name on the Hugging Face hub, or local folder [built-in]")
         sub.set_defaults(run=run, parser=sub)
         return sub
 
@@ -293,15 +295,11 @@ def _engine_config(args: argparse.Namespace) -> EngineConfig:
     if positional and flag and positional != flag:
         raise ValueError(f"two models given: MODEL is {positional!r} and --model is {flag!r}.")
     model = positional or flag or os.environ.get("QJAX_MODEL")
-    if not model:
-        # `--api-key KEY MODEL` takes both for keys.
-        swallowed = any(len(getattr(args, f.name, [])) > 1 for f in fields(ServerConfig) if kind_of(f).base is list)
-        hint = " Put MODEL first, before the options." if swallowed else ""
-        raise ValueError(
-            f"no MODEL given, and the built-in model is not there yet.{hint}\n"
-            f"Example: qjax {args.command} {EXAMPLE}" + (' "Once upon a time"' if args.command == "generate" else "")
-        )
-    return read_config(EngineConfig, args, model=model)
+    # `--api-key KEY MODEL` takes both for keys.
+    lists = [f.name for f in fields(ServerConfig) if kind_of(f).base is list]
+    if not model and any(len(getattr(args, name, [])) > 1 for name in lists):
+        raise ValueError("no MODEL given before an option with several values. Put MODEL first, before the options.")
+    return read_config(EngineConfig, args, model=model or BUILTIN_MODEL)
 
 
 def _serve(args: argparse.Namespace) -> int | None:

@@ -13,6 +13,9 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin
 
 
+BUILTIN_MODEL = "builtin"  # the small Qwen3 that ships with qjax
+
+
 def option(
     default: Any,
     help: str,
@@ -76,7 +79,7 @@ class EngineConfig:
       ValueError: a value is out of range; the message names the option.
     """
 
-    model: str = option("", "Local folder, or name on the Hugging Face hub", group="Model", metavar="MODEL")
+    model: str = option(BUILTIN_MODEL, "Local folder, or name on the Hugging Face hub", group="Model", metavar="MODEL")
     tokenizer: str | None = option(
         None, "Folder or hub name of the tokenizer [the model's]", group="Model", metavar="NAME"
     )

@@ -130,7 +130,8 @@ class TestScreens:
     @pytest.mark.parametrize("command", [c for c in cli.COMMANDS if c != "train"])
     def test_help_of_a_command(self, run: Run, command: str) -> None:
         code, out, _ = run(command, "--help")
-        assert code == 0 and f"usage: qjax {command} MODEL" in out
+        model = "MODEL" if command == "generate" else "[MODEL]"
+        assert code == 0 and f"usage: qjax {command} {model}" in out
         assert "--max-model-len TOKENS" in out and "-tp" in out and "--no-enable-prefix-caching" in out
         assert ("--api-key" in out) == (command == "serve")
         assert ("--top-p" in out) == (command in ("generate", "chat"))
@@ -161,8 +162,7 @@ class TestErrors:
         ("argv", "message"),
         [
             (["serv"], "there is no command 'serv': did you mean serve?\nSee `qjax --help`."),
-            (["serve"], "no MODEL given, and the built-in model is not there yet.\nExample: qjax serve Qwen/"),
-            (["serve", "--api-key", "a", "b"], "not there yet. Put MODEL first, before the options."),
+            (["serve", "--api-key", "a", "b"], "no MODEL given before an option with several values. Put MODEL first"),
             (["serve", "m", "--max-model-le", "3"], "unknown option --max-model-le: did you mean --max-model-len?"),
             (["serve", "m", "--zzz"], "unknown option --zzz\nSee `qjax serve --help`."),
             (["serve", "m", "--port", "x"], "--port: expected a number, got 'x'"),

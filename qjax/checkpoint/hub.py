@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from qjax.config import BUILTIN_MODEL
+
 CONFIG_FILES = ("*.json", "*.jinja", "merges.txt", "vocab.txt", "tokenizer.model", "*.tiktoken")
 WEIGHT_FILES = ("*.safetensors",)  # never *.bin or *.pt: a pickle runs code when it is read
 MAX_ATTEMPTS = 3  # finished files stay, so an attempt goes on where the last one stopped
@@ -32,7 +34,7 @@ def resolve(
     then refused before gigabytes of it are downloaded, and the second call brings only what is missing.
 
     Args:
-      model: a folder, or a name such as `Qwen/Qwen3-0.6B`.
+      model: "builtin" (the model that ships with qjax), a folder, or a name such as `Qwen/Qwen3-0.6B`.
       revision: branch, tag or commit on the hub.
       token: for gated and private models; None: `HF_TOKEN` or the stored login.
       download_dir: where downloads are kept; None: the hub's own cache.
@@ -44,9 +46,11 @@ def resolve(
       ValueError: the files cannot be had; the message says why and what to do.
     """
     if not model:
-        raise ValueError("model is empty: give a folder, or a name such as Qwen/Qwen3-0.6B.")
+        raise ValueError("model is empty: give a folder, a name such as Qwen/Qwen3-0.6B, or 'builtin'.")
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if model == BUILTIN_MODEL:
+        folder = Path(__file__).parents[1] / "builtin_model"
+    elif folder.is_dir():
         pass
     elif folder.exists():
         raise ValueError(f"{model!r} is a file. Give the folder that holds config.json and the safetensors files.")
