@@ -135,10 +135,19 @@ def render_chat(
 def _span_of(
     tokenizer: Tokenizer, text: str, messages: list[dict[str, Any]], turn: int, tools: list[dict[str, Any]] | None
 ) -> tuple[int, int]:
-    """Where the answer `messages[turn]` stands in a rendering."""
-    prompt = tokenizer.apply_chat_template(messages[:turn], tools=tools, add_generation_prompt=True)
+    """Where the answer `messages[turn]` stands in a rendering.
+
+    An empty think block is the prompt's (enable_thinking=false), not learnt, unless the user wrote /no_think.
+    """
+    prompt, closed = (
+        tokenizer.apply_chat_template(messages[:turn], tools=tools, add_generation_prompt=True, **options)
+        for options in ({}, {"enable_thinking": False})
+    )
     if not text.startswith(prompt):
         raise ValueError(f"the chat template does not render message {turn} as a continuation of its prompt.")
+    question = next((m.get("content") for m in reversed(messages[:turn]) if m["role"] == "user"), None)
+    if text.startswith(closed) and "/no_think" not in str(question):
+        prompt = closed
     eos = "" if tokenizer.eos_token_id is None else tokenizer.token_text(tokenizer.eos_token_id)
     end = text.find(eos, len(prompt)) if eos else -1
     return len(prompt), len(text) if end < 0 else end + len(eos)
