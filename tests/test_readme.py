@@ -32,7 +32,7 @@ def test_options_are_up_to_date() -> None:
 
 
 def test_commands() -> None:
-    assert command("start-command").endswith("install pip . && .venv/bin/qjax serve Qwen/Qwen3-0.6B")
+    assert command("start-command").endswith("install pip . && .venv/bin/qjax serve")
     assert command("test-command").endswith("install pip -e '.[test]' && .venv/bin/python -m pytest")
     for line in (command("start-command"), command("test-command")):
         assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0
