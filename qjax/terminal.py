@@ -117,7 +117,7 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
     rows = {
         "folder": folder,
         "architecture": model.architecture,
-        "parameters": f"{model.num_params / 1e9:.2f} billion ({model.dtype})",
+        "parameters": f"{_count(model.num_params)} ({model.dtype})",
         "layers": f"{model.num_hidden_layers}, hidden size {model.hidden_size}, feed-forward {model.intermediate_size}",
         "attention": f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
         "vocabulary": f"{model.vocab_size} ({embeddings})",
@@ -328,3 +328,8 @@ def _stream(
         for output in engine.step():
             for answer in output.outputs:
                 yield answer.text, len(answer.token_ids)
+
+
+def _count(number: int) -> str:
+    """8190735360 → 8.19 billion, 9442560 → 9.44 million."""
+    return f"{number / 1e9:.2f} billion" if number >= 1e8 else f"{number / 1e6:.2f} million"
