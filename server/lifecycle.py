@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 from aiohttp import web
@@ -71,6 +72,7 @@ async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
     Raises:
       ValueError: a wrong option, or what the engine's start-up raised.
     """
+    started = time.monotonic()
     state = ServerState(engine, config, read_chat_template(config))
     runner = web.AppRunner(
         make_app(state),
@@ -84,7 +86,7 @@ async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
         log.info("listening on %s; /health says how far loading is", url)
         engine.start()
         if await _started(engine, stop):
-            print(ready_line(state, url), flush=True)
+            print(ready_line(state, url, time.monotonic() - started), flush=True)
             await _watch(engine, stop)
         if engine.phase == "failed":
             log.error("the engine has failed, so the server stops")
@@ -162,11 +164,12 @@ def read_chat_template(config: ServerConfig) -> str | None:
         raise ValueError(f"--chat-template must name a readable text file: {error}") from None
 
 
-def ready_line(state: ServerState, url: str) -> str:
+def ready_line(state: ServerState, url: str, seconds: float) -> str:
     """What is printed once requests are served."""
     key = ' -H "Authorization: Bearer $QJAX_API_KEY"' if api_keys(state.config) else ""
     body = json.dumps({"messages": [{"role": "user", "content": "Hello!"}]})
     return (
-        f"qjax serves {state.model_names[0]} at {url} (context {state.engine.max_model_len} tokens). Try: "
+        f"qjax serves {state.model_names[0]} at {url} (context {state.engine.max_model_len} tokens, "
+        f"ready after {seconds:.1f} s). Try: "
         f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     )
