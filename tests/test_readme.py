@@ -10,6 +10,7 @@ import tomllib
 import pytest
 
 import qjax
+import qjax.research
 from scripts.update_readme import README, option_tables, updated
 
 ROOT = README.parent
@@ -58,10 +59,19 @@ def test_extras_exist() -> None:
 
 def test_python_examples_use_real_names() -> None:
     examples = [ast.parse(block) for block in blocks("python")]
-    assert len(examples) == 2
+    assert len(examples) == 3
     for node in (n for tree in examples for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)):
         if node.module == "qjax":
             assert {alias.name for alias in node.names} <= set(qjax.__all__)
+        if node.module == "qjax.research":
+            assert {alias.name for alias in node.names} <= set(qjax.research.__all__)
+
+
+def test_the_training_example_is_a_run(tmp_path) -> None:
+    (block,) = blocks("toml")
+    (tmp_path / "run.toml").write_text(block)
+    config = qjax.research.read_train_config(tmp_path / "run.toml")
+    assert config.lora_config is not None and config.lora_config.rank == 16
 
 
 def test_curl_examples_are_json() -> None:
