@@ -1,6 +1,7 @@
 """A run's state on disk, through Orbax: what a step changes and where the data stands. Exact: resumed runs repeat the
 losses of runs that were never stopped."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ class Checkpoints:
         self._folder = Path(folder).absolute()
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
+    @property
+    def is_empty(self) -> bool:
+        return self._manager.latest_step() is None
+
     def save(self, state: Any, progress: Progress) -> None:
         self._manager.save(
             progress.step,
@@ -53,7 +58,7 @@ class Checkpoints:
             raise ValueError(f"resume: there is no checkpoint in {self._folder}.")
         found = self._manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore()))
         progress = Progress(**found["progress"])
-        for name, value in options.items():
+        for name, value in json.loads(json.dumps(options)).items():
             if progress.options.get(name) != value:
                 raise ValueError(
                     f"resume: the checkpoint in {self._folder} was made with {name}={progress.options.get(name)!r}, "

@@ -139,9 +139,9 @@ def _span_of(
 
     An empty think block is the prompt's (enable_thinking=false), not learnt, unless the user wrote /no_think.
     """
-    prompt, closed = (
-        tokenizer.apply_chat_template(messages[:turn], tools=tools, add_generation_prompt=True, **options)
-        for options in ({}, {"enable_thinking": False})
+    prompt = tokenizer.apply_chat_template(messages[:turn], tools=tools, add_generation_prompt=True)
+    closed = tokenizer.apply_chat_template(
+        messages[:turn], tools=tools, add_generation_prompt=True, enable_thinking=False
     )
     if not text.startswith(prompt):
         raise ValueError(f"the chat template does not render message {turn} as a continuation of its prompt.")

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qjax import sharding
@@ -136,8 +137,7 @@ class _Model:
 
 def _model_of(source: LLM | Trainer) -> _Model:
     if isinstance(source, Trainer):
-        dtype = np.dtype(source.dtype) if source.dtype == "float32" else jax.numpy.bfloat16
-        return _Model(source.model_config, source.modeldef, source.params, source.mesh, dtype, None)
+        return _Model(source.model_config, source.modeldef, source.params, source.mesh, jnp.dtype(source.dtype), None)
     engine = source.engine
     runner = engine.runner
     return _Model(
@@ -157,7 +157,7 @@ def _rows(lengths: np.ndarray, L: int) -> tuple[Rows, np.ndarray]:
 def _forward(model: _Model, L: int, with_hidden_states: bool) -> Any:
     """Host arrays → host arrays: (log-probabilities [T], hidden states [T, D] or None)."""
     device = model.mesh.devices.flat[0]
-    implementation = choose_implementation("auto", str(np.dtype(model.dtype)), model.config.head_dim, device)
+    implementation = choose_implementation("auto", str(jnp.dtype(model.dtype)), model.config.head_dim, device)
     vocab_at_a_time = 2**29 // max(1, model.config.vocab_size)  # places whose float32 logits take 2 GiB
     parts = next(n for n in (1, 2, 4, 8, 16, 32, 64, 128) if MAX_TOKENS // n <= vocab_at_a_time or n == 128)
     options = ForwardOptions(model.dtype, num_loss_chunks=parts)

@@ -145,6 +145,9 @@ class Trainer:
           progress: show a bar; None: where stderr is a terminal.
         """
         config, began = self.config, time.perf_counter() - self.seconds
+        checkpoints = self._checkpoints() if config.save_every else None
+        if checkpoints is not None and self.step == 0 and not checkpoints.is_empty:
+            raise ValueError(f"output: {config.output} has checkpoints of another run: set resume, or choose another.")
         rows = self.loader.rows(self.position.epoch)
         lengths = rows.lengths.astype(np.float64)
         mean_context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
@@ -160,7 +163,6 @@ class Trainer:
             peak=None if peak is None else peak * len(devices),
             progress=progress,
         )
-        checkpoints = self._checkpoints() if config.save_every else None
         prefetcher = Prefetcher(self.loader, self.position)
         flying: collections.deque[tuple[int, float, jax.Array]] = collections.deque()
         rate, skipped = 0.0, 0

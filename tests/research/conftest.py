@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from qjax.research import Corpus, TrainConfig, Trainer
+from tests.tiny import write_checkpoint
 
 VOCAB = 160  # of tests/tiny.py
 
@@ -26,11 +27,20 @@ def corpus() -> Corpus:
     return counting_corpus()
 
 
+@pytest.fixture(scope="session")
+def micro_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer: compiling a step takes most of a test's time."""
+    folder = tmp_path_factory.mktemp("micro")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write_checkpoint(folder, num_hidden_layers=1, **sizes)
+    return folder
+
+
 @pytest.fixture
-def make_trainer(tiny_checkpoint: Path, corpus: Corpus):
+def make_trainer(micro_checkpoint: Path, corpus: Corpus):
     def make(corpus: Corpus = corpus, **options: Any) -> Trainer:
         defaults = {
-            "model": str(tiny_checkpoint),
+            "model": str(micro_checkpoint),
             "seq_len": 64,
             "batch_size": 4,
             "num_steps": 8,

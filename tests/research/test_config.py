@@ -56,10 +56,10 @@ def test_files_of_options(tmp_path):
         read_train_config(tmp_path / "none.toml")
 
 
-def test_the_command_trains_and_says_what_is_wrong(tiny_checkpoint, tmp_path, capsys):
+def test_the_command_trains_and_says_what_is_wrong(micro_checkpoint, tmp_path, capsys):
     counting_corpus(60).save(tmp_path / "data")
     file = tmp_path / "run.toml"
-    file.write_text(f'model = "{tiny_checkpoint}"\ndata = "{tmp_path / "data"}"\nseq_len = 64\nbatch_size = 4\n')
+    file.write_text(f'model = "{micro_checkpoint}"\ndata = "{tmp_path / "data"}"\nseq_len = 64\nbatch_size = 4\n')
     output = tmp_path / "out"
     assert cli.main(["train", str(file), "--num-steps", "2", "--output", str(output)]) == 0
     assert f"Saved: {output}" in capsys.readouterr().out
@@ -68,16 +68,16 @@ def test_the_command_trains_and_says_what_is_wrong(tiny_checkpoint, tmp_path, ca
         ([str(file)], "no output given"),
         ([str(file), "--output", str(output), "--batch-size", "5000"], "less than batch_size=5000"),
         (["--data", "x", "--output", str(output)], "model: no model given"),
-        (["--model", str(tiny_checkpoint), "--output", str(output)], "data: no training data given"),
+        (["--model", str(micro_checkpoint), "--output", str(output)], "data: no training data given"),
         ([str(file), "--learning-rat", "1"], "did you mean --learning-rate?"),
     ):
         assert cli.main(["train", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 
-def test_tensorboard_without_its_package_names_the_extra(tiny_checkpoint, tmp_path, monkeypatch):
+def test_tensorboard_without_its_package_names_the_extra(micro_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorboardX", None)
-    options = {"model": str(tiny_checkpoint), "output": str(tmp_path), "tensorboard": True, "num_steps": 1}
+    options = {"model": str(micro_checkpoint), "output": str(tmp_path), "tensorboard": True, "num_steps": 1}
     trainer = Trainer(TrainConfig(**options, seq_len=64, batch_size=4), corpus=counting_corpus(60))
     with pytest.raises(ValueError, match=r"pip install 'qjax\[tensorboard\]'"):
         trainer.train()

@@ -42,7 +42,7 @@ def test_transformers_reads_the_exported_files(make_trainer, tmp_path):
 
     make_trainer(num_steps=1, output=str(tmp_path), num_shards=2).train()
     config = AutoConfig.from_pretrained(tmp_path)
-    assert config.model_type == "qwen3" and config.hidden_size == 64
+    assert config.model_type == "qwen3" and config.hidden_size == 32
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     tensors = {name: t for path in tmp_path.glob("*.safetensors") for name, t in load_file(path).items()}
     assert set(tensors) == set(index["weight_map"])
@@ -58,9 +58,9 @@ def test_shards_are_about_equal_and_none_is_empty():
         _assign({"a": 1, "b": 1, "c": 1}, 4)
 
 
-def test_the_models_own_folder_is_not_overwritten(make_trainer, tiny_checkpoint):
+def test_the_models_own_folder_is_not_overwritten(make_trainer, micro_checkpoint):
     with pytest.raises(ValueError, match="is the model's own folder"):
-        make_trainer(num_steps=1).export(tiny_checkpoint)
+        make_trainer(num_steps=1).export(micro_checkpoint)
 
 
 def test_an_adapter_learns_and_equals_its_merged_weights(make_trainer, tmp_path):
@@ -68,7 +68,7 @@ def test_an_adapter_learns_and_equals_its_merged_weights(make_trainer, tmp_path)
     before = [np.asarray(leaf) for leaf in trainer.frozen]
     trainer.train()
     curve = losses(trainer)
-    assert curve[-1] < curve[0] - 0.5
+    assert np.mean(curve[-3:]) < curve[0] - 0.2
     assert all(np.array_equal(a, b) for a, b in zip(before, trainer.frozen, strict=True))
 
     # By the files alone: W + alpha / rank * B A in float64, tensor by tensor, and read as an ordinary model.
@@ -86,7 +86,7 @@ def test_an_adapter_learns_and_equals_its_merged_weights(make_trainer, tmp_path)
             changed.add(name.split(".")[-2])
         np.testing.assert_allclose(merged[name].astype(np.float64), expected, rtol=2**-8, atol=1e-6)
     assert changed == set(described["target_modules"]) and len(changed) == 7
-    assert len(adapter) == 2 * 7 * 2
+    assert len(adapter) == 2 * 7
 
     scored = score_texts(trainer, TEXTS)
     again = make_trainer(model=str(tmp_path), num_steps=1)  # rounded to bfloat16
@@ -94,14 +94,12 @@ def test_an_adapter_learns_and_equals_its_merged_weights(make_trainer, tmp_path)
         np.testing.assert_allclose(one.logprobs, two.logprobs, rtol=0, atol=0.05)
 
 
-@pytest.mark.parametrize("tp", [2, 4])  # 4: each KV head is there twice
-def test_an_adapter_is_the_same_on_more_devices(make_trainer, tmp_path, tp):
+def test_an_adapter_is_the_same_where_each_kv_head_is_there_twice(make_trainer, tmp_path):
     options = {"lora": {"rank": 2, "target_modules": ["q_proj", "v_proj", "o_proj", "up_proj"]}, "num_steps": 4}
     one = make_trainer(**options)
+    one.save_adapter(tmp_path)
     one.train()
-    split = make_trainer(**options, tensor_parallel_size=tp)
-    one_start = make_trainer(**options)
-    one_start.save_adapter(tmp_path)
+    split = make_trainer(**options, tensor_parallel_size=4)
     resharded = load_adapter(tmp_path, split.adapterdef, split.mesh)
     split.state = dataclasses.replace(split.state, params=resharded)
     split.train()
@@ -116,23 +114,23 @@ def test_an_adapter_goes_on_from_its_folder(make_trainer, tmp_path):
     assert second.adapterdef.config == LoRAConfig(rank=4, alpha=8, target_modules=("q_proj", "down_proj"))
     for a, b in zip(first.state.params, second.state.params, strict=True):
         assert np.array_equal(a, b)
-    assert second.step == 0 and len(jax.tree.leaves(second.state.params)) == 8
+    assert second.step == 0 and len(jax.tree.leaves(second.state.params)) == 4
 
 
 def test_an_adapter_has_pefts_names_and_shapes(make_trainer, tmp_path):
     trainer = make_trainer(lora={"rank": 3}, num_steps=1)
     trainer.save_adapter(tmp_path)
     shapes = {name: t.shape for name, t in load_file(tmp_path / "adapter_model.safetensors").items()}
-    prefix = "base_model.model.model.layers.1"
-    assert shapes[f"{prefix}.self_attn.q_proj.lora_A.weight"] == (3, 64)
-    assert shapes[f"{prefix}.self_attn.q_proj.lora_B.weight"] == (128, 3)
+    prefix = "base_model.model.model.layers.0"
+    assert shapes[f"{prefix}.self_attn.q_proj.lora_A.weight"] == (3, 32)
+    assert shapes[f"{prefix}.self_attn.q_proj.lora_B.weight"] == (64, 3)
     assert shapes[f"{prefix}.self_attn.k_proj.lora_B.weight"] == (32, 3)
-    assert shapes[f"{prefix}.self_attn.o_proj.lora_A.weight"] == (3, 128)
-    assert shapes[f"{prefix}.mlp.gate_proj.lora_B.weight"] == (96, 3)
-    assert shapes[f"{prefix}.mlp.down_proj.lora_A.weight"] == (3, 96)
+    assert shapes[f"{prefix}.self_attn.o_proj.lora_A.weight"] == (3, 64)
+    assert shapes[f"{prefix}.mlp.gate_proj.lora_B.weight"] == (48, 3)
+    assert shapes[f"{prefix}.mlp.down_proj.lora_A.weight"] == (3, 48)
     described = json.loads((tmp_path / "adapter_config.json").read_text())
     assert described["peft_type"] == "LORA" and described["task_type"] == "CAUSAL_LM" and described["r"] == 3
-    bound = 1 / math.sqrt(64)
+    bound = 1 / math.sqrt(32)
     first = load_file(tmp_path / "adapter_model.safetensors")[f"{prefix}.self_attn.q_proj.lora_A.weight"]
     assert 0.5 * bound < np.abs(first).max() <= bound
 
