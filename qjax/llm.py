@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
-from qjax.config import EngineConfig
+from qjax.config import BUILTIN_MODEL, EngineConfig
 from qjax.engine.engine import Engine
 from qjax.outputs import CompletionBuilder, RequestOutput
 from qjax.sampling_params import SamplingParams
@@ -25,14 +25,14 @@ class LLM:
     """A loaded model that generates.
 
     Args:
-      model: a local folder, or a name on the Hugging Face hub.
+      model: a local folder, a name on the Hugging Face hub, or the small Qwen3 that ships with qjax.
       **options: any field of `EngineConfig`, such as `max_model_len`, `tensor_parallel_size`, `dtype`.
 
     Raises:
       ValueError: a wrong option or checkpoint; the message names it.
     """
 
-    def __init__(self, model: str, **options: Any):
+    def __init__(self, model: str = BUILTIN_MODEL, **options: Any):
         self.engine = Engine(EngineConfig(model=str(model), **options))
         self._ids = itertools.count()
 
