@@ -130,7 +130,9 @@ def make_parser() -> argparse.ArgumentParser:
     def command(name: str, run: Callable[[argparse.Namespace], int | None], description: str, more: str = "") -> Parser:
         usage = f"qjax {name} {'MODEL' if more else '[MODEL]'} {more}[OPTIONS]"
         sub = commands.add_parser(name, usage=usage, description=description, argument_default=argparse.SUPPRESS)
-        sub.add_argument("model", nargs="?", metavar="MODEL", help="Name on the Hugging Face hub, or local folder [built-in]")
+        sub.add_argument(
+            "model", nargs="?", metavar="MODEL", help="Name on the Hugging Face hub, or local folder [built-in]"
+        )
         sub.set_defaults(run=run, parser=sub)
         return sub
 

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin
 
-
 BUILTIN_MODEL = "builtin"  # the small Qwen3 that ships with qjax
 
 

@@ -24,7 +24,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "qjax.text": OPTIONS,
     "qjax.quantization": ("qjax.kernels",),
     "qjax.models": ("qjax.models.config", "qjax.quantization", "qjax.sharding", "qjax.kernels"),
-    "qjax.checkpoint": ("qjax.models", "qjax.models.config", "qjax.quantization", "qjax.sharding"),
+    "qjax.checkpoint": ("qjax.config", "qjax.models", "qjax.models.config", "qjax.quantization", "qjax.sharding"),
     "qjax.engine": (
         *("qjax.checkpoint", "qjax.models", "qjax.models.config", "qjax.quantization", "qjax.sharding"),
         *("qjax.kernels", "qjax.text", *OPTIONS),

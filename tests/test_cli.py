@@ -147,7 +147,7 @@ class TestScreens:
         """Measured in imports: time on a shared machine proves nothing."""
         code = (
             "import sys; from qjax.cli import main; import qjax; qjax.SamplingParams; qjax.EngineConfig\n"
-            "codes = [main([]), main(['--version']), main(['serve']), main(['info', '/nowhere']), main(['x'])]\n"
+            "codes = [main([]), main(['--version']), main(['serve', '--zzz']), main(['info', '/nowhere']), main(['x'])]\n"
             "heavy = {'jax', 'numpy', 'flax', 'transformers', 'aiohttp', 'huggingface_hub'} & set(sys.modules)\n"
             "assert codes == [0, 0, 2, 2, 2], codes\n"
             "assert not heavy, heavy\n"
