@@ -147,7 +147,8 @@ class TestScreens:
         """Measured in imports: time on a shared machine proves nothing."""
         code = (
             "import sys; from qjax.cli import main; import qjax; qjax.SamplingParams; qjax.EngineConfig\n"
-            "codes = [main([]), main(['--version']), main(['serve', '--zzz']), main(['info', '/nowhere']), main(['x'])]\n"
+            "commands = [], ['--version'], ['serve', '--zzz'], ['info', '/nowhere'], ['x']\n"
+            "codes = [main(command) for command in commands]\n"
             "heavy = {'jax', 'numpy', 'flax', 'transformers', 'aiohttp', 'huggingface_hub'} & set(sys.modules)\n"
             "assert codes == [0, 0, 2, 2, 2], codes\n"
             "assert not heavy, heavy\n"
