@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import logging
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any, Protocol
 
@@ -12,6 +14,9 @@ from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.server.errors import ApiError, unavailable
 from qjax.text.tokenizer import Tokenizer
+
+
+log = logging.getLogger("qjax.server")
 
 
 class AsyncEngine(Protocol):
@@ -69,6 +74,8 @@ class ServerState:
         self._is_aborting = False
         self._engine_ids: set[str] = set()
         self._num_requests = 0
+        self._started = time.monotonic()
+        self._has_answered = False
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -135,6 +142,9 @@ class ServerState:
             yield
         finally:
             self._engine_ids.discard(request_id)
+            if not self._has_answered:
+                self._has_answered = True
+                log.info("the first request ended %.1f s after the start", time.monotonic() - self._started)
 
     def abort_all(self) -> None:
         """Ends what is running; the clients get their last chunk with finish_reason "abort"."""
