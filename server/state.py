@@ -15,7 +15,6 @@ from qjax.sampling_params import SamplingParams
 from qjax.server.errors import ApiError, unavailable
 from qjax.text.tokenizer import Tokenizer
 
-
 log = logging.getLogger("qjax.server")
 
 
