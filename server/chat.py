@@ -102,10 +102,10 @@ class Chat:
         return response
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
-        answer = choice.answer
+        answer = choice.answer.build()
         out = {
             "index": index,
-            "message": choice.message(self._echo()),
+            "message": choice.message(answer, self._echo()),
             "logprobs": self._logprobs(answer.token_ids, answer.logprobs),
             "finish_reason": choice.finish_reason(answer),
             "stop_reason": answer.stop_reason,

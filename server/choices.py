@@ -3,8 +3,7 @@
 from typing import Any
 
 from qjax.config import ServerConfig
-from qjax.outputs import CompletionOutput
-from qjax.server.generation import Answer
+from qjax.outputs import CompletionBuilder, CompletionOutput
 from qjax.server.protocol import ChatRequest
 from qjax.text.answer_parser import AnswerParser
 from qjax.text.parsed import CallArguments, CallStarted, Content, Event, Reasoning
@@ -20,7 +19,7 @@ class Choice:
     """
 
     def __init__(self, config: ServerConfig, body: ChatRequest, prompt: str, tokenizer: Tokenizer):
-        self.answer = Answer()
+        self.answer = CompletionBuilder()
         self._parser = AnswerParser(
             prompt,
             reasoning=config.reasoning_parser,
@@ -46,14 +45,14 @@ class Choice:
             events += self._parser.finish()
         return [d for event in events if (d := self._delta(event))]
 
-    def message(self, echo: str) -> dict[str, Any]:
+    def message(self, answer: CompletionOutput, echo: str) -> dict[str, Any]:
         """The whole answer's message; its content begins with `echo`."""
-        message = self._parser.parse(self.answer.text).message(self._includes_reasoning)
+        message = self._parser.parse(answer.text).message(self._includes_reasoning)
         if echo:
             message["content"] = echo + (message["content"] or "")
         return {**message, "refusal": None}
 
-    def finish_reason(self, delta: CompletionOutput | Answer) -> str | None:
+    def finish_reason(self, delta: CompletionOutput) -> str | None:
         """Of an answer that has been parsed to its end."""
         return self._parser.finish_reason(delta.finish_reason)
 

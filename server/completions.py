@@ -8,11 +8,11 @@ from typing import Any
 
 from aiohttp import web
 
-from qjax.outputs import CompletionOutput, Logprob, RequestOutput
+from qjax.outputs import CompletionBuilder, CompletionOutput, Logprob, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.server import sse
 from qjax.server.answers import CompletionLogprobs, TokenNames, prompt_logprobs_json, usage
-from qjax.server.generation import Answer, Outputs, Prompt, answer_id, encode, generate, read_json, truncate
+from qjax.server.generation import Outputs, Prompt, answer_id, encode, generate, read_json, truncate
 from qjax.server.protocol import CompletionRequest
 from qjax.server.schema import parse
 from qjax.server.state import STATE, ServerState
@@ -69,7 +69,7 @@ class Completion:
     # The whole answer
 
     async def whole(self, outputs: Outputs) -> dict[str, Any]:
-        answers = [Answer() for _ in self.logprobs]
+        answers = [CompletionBuilder() for _ in self.logprobs]
         prompt_logprobs: dict[int, Any] = {}
         async with contextlib.aclosing(outputs):
             async for i, output in outputs:
@@ -80,18 +80,18 @@ class Completion:
                     answers[self._choice_index(i, delta)].add(delta)
         response = self._object()
         response["choices"] = [
-            self._choice(k, answer, prompt_logprobs.get(k // self.params.n)) for k, answer in enumerate(answers)
+            self._choice(k, answer.build(), prompt_logprobs.get(k // self.params.n)) for k, answer in enumerate(answers)
         ]
         response["usage"] = self._usage()
         return response
 
-    def _choice(self, k: int, answer: Answer, prompt_logprobs: Any) -> dict[str, Any]:
+    def _choice(self, k: int, answer: CompletionOutput, prompt_logprobs: Any) -> dict[str, Any]:
         prompt = self.prompts[k // self.params.n]
         token_ids = [] if self.body.is_echo_only else answer.token_ids
         choice = {
             "index": k,
             "text": self._echo(k) + ("" if self.body.is_echo_only else answer.text),
-            "logprobs": self._logprobs(k, token_ids, answer.logprobs, prompt_logprobs, is_first=True),
+            "logprobs": self._logprobs(k, token_ids, answer.logprobs or [], prompt_logprobs, is_first=True),
             "finish_reason": "length" if self.body.is_echo_only else answer.finish_reason,
             "stop_reason": None if self.body.is_echo_only else answer.stop_reason,
         }

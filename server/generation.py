@@ -5,12 +5,12 @@ import contextlib
 import json
 import uuid
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 from aiohttp import web
 
-from qjax.outputs import CompletionOutput, FinishReason, Logprob, RequestOutput
+from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error
 from qjax.server.protocol import PARAM_NAMES, GenerationRequest, check_request_id
@@ -26,27 +26,6 @@ class Prompt:
 
     token_ids: list[int]
     text: str | None = None
-
-
-@dataclass
-class Answer:
-    """One choice, put together from its deltas."""
-
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
-
-    def add(self, delta: CompletionOutput) -> None:
-        self.texts.append(delta.text)
-        self.token_ids += delta.token_ids
-        self.logprobs += delta.logprobs or []
-        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
 async def read_json(request: web.Request) -> Any:
