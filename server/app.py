@@ -1,4 +1,4 @@
-"""The aiohttp application: routes, and what holds for all of them (errors, keys, readiness, body size)."""
+"""The aiohttp application: the table of routes, and what holds for all of them (errors, keys, body size)."""
 
 import hashlib
 import hmac
@@ -10,36 +10,39 @@ from qjax.config import ServerConfig
 from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.errors import ApiError, Handler, error_middleware
+from qjax.server.protocol import ChatRequest, CompletionRequest
+from qjax.server.routes import Route, add_routes
 from qjax.server.state import STATE, ServerState
 from qjax.server.status import health, load, metrics, model, models, reset_prefix_cache, version
-from qjax.server.tokens import detokenize, tokenize
+from qjax.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 
 MAX_BODY_BYTES = 32 * 2**20  # ten times the text of the longest context
-OPEN_PATHS = {"/health", "/ping"}  # probes bring no key
-NEEDS_ENGINE = ("/v1/", "/tokenize", "/detokenize", "/metrics", "/reset_prefix_cache")
+
+# A new endpoint is a line here. `needs_engine`: refused with 503 until the model is loaded.
+ROUTES = [
+    Route("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", body=ChatRequest, streams=True),
+    Route("POST", "/v1/completions", completions, "Continue a text", body=CompletionRequest, streams=True),
+    Route("POST", "/tokenize", tokenize, "Token ids of a text or of a conversation", body=TokenizeRequest),
+    Route("POST", "/detokenize", detokenize, "The text of token ids", body=DetokenizeRequest),
+    Route("GET", "/v1/models", models, "The served model under its names"),
+    # names of models have slashes
+    Route("GET", "/v1/models/{model:.+}", model, "One name of the served model", statuses=(404,)),
+    Route("GET", "/health", health, "Whether requests are served", needs_engine=False, is_open=True),
+    Route("GET", "/ping", health, "The same as /health", needs_engine=False, is_open=True),
+    Route("POST", "/ping", health, "The same as /health", needs_engine=False, is_open=True),
+    Route("GET", "/version", version, "The server's version", needs_engine=False),
+    Route("GET", "/metrics", metrics, "Counters and latencies for Prometheus", answer="text/plain"),
+    Route("GET", "/load", load, "How many requests are being served", needs_engine=False),
+    Route("POST", "/reset_prefix_cache", reset_prefix_cache, "Forget cached prompts"),
+]
 
 
 def make_app(state: ServerState) -> web.Application:
-    middlewares = [error_middleware, key_middleware(api_keys(state.config)), readiness_middleware]
+    open_paths = {route.path for route in ROUTES if route.is_open}  # probes bring no key
+    middlewares = [error_middleware, key_middleware(api_keys(state.config), open_paths)]
     app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
     app[STATE] = state
-    app.add_routes(
-        [
-            web.post("/v1/chat/completions", chat_completions),
-            web.post("/v1/completions", completions),
-            web.get("/v1/models", models),
-            web.get("/v1/models/{model:.+}", model),  # names of models have slashes
-            web.get("/health", health),
-            web.get("/ping", health),
-            web.post("/ping", health),
-            web.get("/version", version),
-            web.post("/tokenize", tokenize),
-            web.post("/detokenize", detokenize),
-            web.get("/metrics", metrics),
-            web.get("/load", load),
-            web.post("/reset_prefix_cache", reset_prefix_cache),
-        ]
-    )
+    add_routes(app, ROUTES)
     return app
 
 
@@ -49,13 +52,13 @@ def api_keys(config: ServerConfig) -> list[str]:
     return [key for key in keys if key]
 
 
-def key_middleware(keys: list[str]):
-    """Lets only requests with one of the keys through, on every path but the probes, known or not."""
+def key_middleware(keys: list[str], open_paths: set[str]):
+    """Lets only requests with one of the keys through, on every path but the open ones, known or not."""
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     @web.middleware
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
-        if digests and request.path not in OPEN_PATHS:
+        if digests and request.path not in open_paths:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
             digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
             # all keys are compared, each in constant time: how long it takes says nothing about them
@@ -66,15 +69,3 @@ def key_middleware(keys: list[str]):
         return await handler(request)
 
     return check_key
-
-
-@web.middleware
-async def readiness_middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Refuses what needs the engine while there is none, and counts what is running."""
-    is_known = request.match_info.http_exception is None
-    if not is_known or not request.path.startswith(NEEDS_ENGINE):
-        return await handler(request)
-    state = request.app[STATE]
-    state.check_ready()
-    with state.request():
-        return await handler(request)

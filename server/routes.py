@@ -1,0 +1,61 @@
+"""`Route`: one line of the server's table of routes, from which both the application and its description are made."""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+from aiohttp import web
+
+from qjax.server.errors import Handler
+from qjax.server.state import STATE
+
+
+@dataclass(frozen=True)
+class Route:
+    """What the server does at a path, and what it takes and answers there.
+
+    Attributes:
+      body: the dataclass (or several, one of which) that the JSON body is parsed with.
+      query: the dataclass that the query is parsed with.
+      streams: the answer may also be server-sent events.
+      needs_engine: refused while there is no engine to serve it; counted as a running request.
+      is_open: needs no API key.
+      answer: JSON schema of the answer; None: any object. A text is a content type instead.
+      statuses: error statuses beyond those that follow from the other fields.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    summary: str
+    body: type | tuple[type, ...] = ()
+    query: type | None = None
+    streams: bool = False
+    needs_engine: bool = True
+    is_open: bool = False
+    answer: dict[str, Any] | str | None = None
+    statuses: tuple[int, ...] = ()
+
+    @property
+    def bodies(self) -> tuple[type, ...]:
+        return self.body if isinstance(self.body, tuple) else (self.body,)
+
+
+def add_routes(app: web.Application, routes: list[Route]) -> None:
+    for route in routes:
+        handler = _when_ready(route.handler) if route.needs_engine else route.handler
+        add = web.get if route.method == "GET" else functools.partial(web.route, route.method)
+        app.add_routes([add(route.path, handler)])  # `get` answers HEAD too
+
+
+def _when_ready(handler: Handler) -> Handler:
+    """Refuses what needs the engine while there is none, and counts what is running."""
+
+    @functools.wraps(handler)
+    async def guarded(request: web.Request) -> web.StreamResponse:
+        state = request.app[STATE]
+        state.check_ready()
+        with state.request():
+            return await handler(request)
+
+    return guarded
