@@ -8,7 +8,7 @@ tests/test_readme.py fails while the tables in README.md are older than the fiel
 from dataclasses import Field, fields
 from pathlib import Path
 
-from qjax.cli import ALIASES
+from qjax.cli.options import ALIASES
 from qjax.config import EngineConfig, ServerConfig, describe, flag_of, kind_of
 
 README = Path(__file__).parent.parent / "README.md"

@@ -114,7 +114,7 @@ def test_the_reader_sees_the_code() -> None:
     """The other tests prove nothing if this one finds nothing."""
     assert {"qjax", "qjax.config", "qjax.kernels", "qjax.server", "qjax.engine.engine"} <= set(MODULES)
     assert "qjax.sharding" in MODULES["qjax.engine.runner"].imports
-    assert "qjax.server.lifecycle" in MODULES["qjax.cli"].imports - MODULES["qjax.cli"].at_import
+    assert "qjax.server.lifecycle" in MODULES["qjax.cli.commands"].imports - MODULES["qjax.cli.commands"].at_import
     assert room_of("qjax.models.qwen3") == "qjax.models" and room_of("qjax.models.config") == "qjax.models.config"
 
 

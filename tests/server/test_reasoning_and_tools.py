@@ -72,7 +72,8 @@ async def both(server, **body):
 
 
 def test_vllms_flags_are_accepted():
-    from qjax.cli import make_parser, read_config
+    from qjax.cli import make_parser
+    from qjax.cli.options import read_config
 
     argv = ["serve", "m", "--reasoning-parser", "qwen3", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     config = read_config(ServerConfig, make_parser().parse_args(argv))
