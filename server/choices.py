@@ -38,12 +38,16 @@ class Choice:
     def count(self, delta: CompletionOutput) -> None:
         self._reasoning_tokens.add(delta.token_ids)
 
-    def deltas(self, delta: CompletionOutput) -> list[dict[str, Any]]:
-        """OpenAI's deltas, each with one kind of text, as many clients read only one."""
+    def events(self, delta: CompletionOutput) -> list[Event]:
+        """What the answer says more with this delta; reasoning too, wanted or not."""
         events = self._parser.feed(delta.text)
         if delta.is_finished:
             events += self._parser.finish()
-        return [d for event in events if (d := self._delta(event))]
+        return events
+
+    def deltas(self, delta: CompletionOutput) -> list[dict[str, Any]]:
+        """OpenAI's deltas, each with one kind of text, as many clients read only one."""
+        return [d for event in self.events(delta) if (d := self._delta(event))]
 
     def message(self, answer: CompletionOutput, echo: str) -> dict[str, Any]:
         """The whole answer's message; its content begins with `echo`."""

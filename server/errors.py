@@ -98,12 +98,17 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     """Turns whatever a handler raises into OpenAI's error object."""
     try:
         return await handler(request)
-    except ApiError as error:
-        return error.response()
-    except web.HTTPException as error:
-        return _of_http(request, error).response()
     except Exception as error:
-        return internal_error(error).response()
+        return as_api_error(request, error).response()
+
+
+def as_api_error(request: web.Request, error: Exception) -> ApiError:
+    """What the client is told of an exception; a fault of ours is logged."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, web.HTTPException):
+        return _of_http(request, error)
+    return internal_error(error)
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -43,12 +43,12 @@ async def read_json(request: web.Request) -> Any:
         raise ApiError(400, f"The body is not valid JSON: {error}.", type="Bad Request") from None
 
 
-def answer_id(request: web.Request, body: GenerationRequest, prefix: str) -> str:
+def answer_id(request: web.Request, body: GenerationRequest, prefix: str, separator: str = "-") -> str:
     """The answer's id: the client's own (in the body or the header), or a random one."""
     header = request.headers.get("X-Request-Id")
     if body.request_id is None and header is not None:
         check_request_id(header, "X-Request-Id")
-    return f"{prefix}-{body.request_id or header or uuid.uuid4().hex}"
+    return f"{prefix}{separator}{body.request_id or header or uuid.uuid4().hex}"
 
 
 async def encode(state: ServerState, text: str, add_special_tokens: bool | None) -> list[int]:

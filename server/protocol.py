@@ -58,13 +58,8 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerationRequest:
-    """The fields that chat and text completions share."""
-
-    model: str | None = body_field("Name of the model; the served one if absent")
-    stream: bool = body_field("Send the answer in chunks as it is written", False)
-    stream_options: StreamOptions | None = body_field("Only with stream")
-    n: int = body_field("Answers to the same prompt", 1, minimum=1)
+class SamplingFields:
+    """What every endpoint that writes text takes under the same names."""
 
     temperature: float | None = body_field("In [0, 2]; 0 is greedy")
     top_p: float | None = body_field("In (0, 1]: only the likeliest tokens with this share")
@@ -77,44 +72,58 @@ class GenerationRequest:
     logit_bias: dict[int, float] | None = body_field("Token id to a number added to its logit, cut to [-100, 100]")
     allowed_token_ids: list[int] | None = body_field("Only these tokens are sampled")
     bad_words: list[str] | None = body_field("Strings that are never written", max_items=MAX_BAD_WORDS)
-    max_tokens: int | None = body_field("Tokens to write at most", minimum=0)
     min_tokens: int | None = body_field("Tokens to write at least", minimum=0)
     stop: str | list[str] | None = body_field("Strings that end the answer", max_items=MAX_STOP_STRINGS)
     stop_token_ids: list[int] | None = body_field("Token ids that end the answer")
     include_stop_str_in_output: bool | None = body_field("Keep the stop string in the text")
     ignore_eos: bool | None = body_field("Go on after the model's end of text")
     skip_special_tokens: bool | None = body_field("Leave special tokens out of the text")
+    structured_outputs: dict[str, Any] | None = body_field("One of json, regex, choice, grammar, json_object")
+    thinking_token_budget: int | None = body_field("Tokens after which the think block is closed; -1: any", minimum=-1)
+    priority: int = body_field("Lower runs earlier, with --scheduling-policy priority", 0)
+    cache_salt: str | None = body_field("Only requests with the same salt share cached prompts")
+    request_id: str | None = body_field("Becomes a part of the answer's id")
+
+    def __post_init__(self) -> None:
+        if self.request_id is not None:
+            check_request_id(self.request_id, "request_id")
+        if self.cache_salt is not None and not CACHE_SALT.fullmatch(self.cache_salt):
+            raise bad_request("cache_salt must be 1 to 128 characters without @, /, \\ and NUL.", "cache_salt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationRequest(SamplingFields):
+    """The fields that chat and text completions share."""
+
+    model: str | None = body_field("Name of the model; the served one if absent")
+    stream: bool = body_field("Send the answer in chunks as it is written", False)
+    stream_options: StreamOptions | None = body_field("Only with stream")
+    n: int = body_field("Answers to the same prompt", 1, minimum=1)
+
+    max_tokens: int | None = body_field("Tokens to write at most", minimum=0)
     detokenize: bool | None = body_field("false: no text, only token ids")
     response_format: dict[str, Any] | None = body_field('{"type": "text" | "json_object" | "json_schema", …}')
-    structured_outputs: dict[str, Any] | None = body_field("One of json, regex, choice, grammar, json_object")
     guided_json: Any = body_field("The older name of structured_outputs.json")
     guided_regex: str | None = body_field("The older name of structured_outputs.regex")
     guided_choice: list[str] | None = body_field("The older name of structured_outputs.choice")
     guided_grammar: str | None = body_field("The older name of structured_outputs.grammar")
-    thinking_token_budget: int | None = body_field("Tokens after which the think block is closed; -1: any", minimum=-1)
     prompt_logprobs: int | None = body_field("Logprobs of the prompt's tokens, with this many alternatives")
 
     echo: bool = body_field("Begin the answer with the prompt", False)
     add_special_tokens: bool | None = body_field("Let the tokenizer add its special tokens")
     truncate_prompt_tokens: int | None = body_field("Keep this many of the prompt's tokens; -1: what fits", minimum=-1)
     truncation_side: Literal["left", "right"] = body_field("The side that is cut off", "left")
-    priority: int = body_field("Lower runs earlier, with --scheduling-policy priority", 0)
-    cache_salt: str | None = body_field("Only requests with the same salt share cached prompts")
-    request_id: str | None = body_field("Becomes a part of the answer's id")
     return_token_ids: bool = body_field("Return the token ids of prompt and answer", False)
     return_tokens_as_token_ids: bool = body_field("Write tokens in logprobs as token_id:N", False)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.stream_options is not None and not self.stream:
             raise bad_request("Stream options can only be defined when `stream=True`.", "stream_options")
         if self.n > MAX_N:
             raise bad_request(f"n must be at most {MAX_N}, got {self.n}.", "n", self.n)
         if self.stream and self.prompt_logprobs is not None:
             raise bad_request("`prompt_logprobs` are not available when `stream=True`.", "prompt_logprobs")
-        if self.request_id is not None:
-            check_request_id(self.request_id, "request_id")
-        if self.cache_salt is not None and not CACHE_SALT.fullmatch(self.cache_salt):
-            raise bad_request("cache_salt must be 1 to 128 characters without @, /, \\ and NUL.", "cache_salt")
         if self.truncate_prompt_tokens == 0:
             raise bad_request("truncate_prompt_tokens must be -1 or at least 1, got 0.", "truncate_prompt_tokens", 0)
 

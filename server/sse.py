@@ -1,8 +1,8 @@
-"""Server-sent events: a stream of JSON chunks over HTTP, ended by `data: [DONE]`."""
+"""Server-sent events: a stream of JSON chunks over HTTP, ended by `data: [DONE]` where the API wants it."""
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
@@ -22,8 +22,17 @@ def event(chunk: dict[str, Any]) -> bytes:
     return f"data: {text}\n\n".encode()
 
 
+def named_event(chunk: dict[str, Any]) -> bytes:
+    """An event that goes by its type, as in OpenAI's Responses and Anthropic's Messages."""
+    return f"event: {chunk['type']}\n".encode() + event(chunk)
+
+
 async def stream(
-    request: web.Request, chunks: AsyncGenerator[dict[str, Any], None], headers: dict[str, str]
+    request: web.Request,
+    chunks: AsyncGenerator[dict[str, Any], None],
+    headers: dict[str, str],
+    encode: Callable[[dict[str, Any]], bytes] = event,
+    end: bytes = DONE,
 ) -> web.StreamResponse:
     """Sends chunks as they come.
 
@@ -44,20 +53,24 @@ async def stream(
         )
         with contextlib.suppress(ClientConnectionResetError):  # the client has gone; the request ends with us
             await response.prepare(request)
-            await response.write(event(first))
-            await _send_rest(response, chunks)
+            await response.write(encode(first))
+            await _send_rest(response, chunks, encode)
+            await response.write(end)
             await response.write_eof()
     return response
 
 
-async def _send_rest(response: web.StreamResponse, chunks: AsyncGenerator[dict[str, Any], None]) -> None:
+async def _send_rest(
+    response: web.StreamResponse,
+    chunks: AsyncGenerator[dict[str, Any], None],
+    encode: Callable[[dict[str, Any]], bytes],
+) -> None:
     try:
         async for chunk in chunks:
-            await response.write(event(chunk))
+            await response.write(encode(chunk))
     except ClientConnectionResetError:
         raise
     except ApiError as error:
         await response.write(event(error.body))
     except Exception as error:
         await response.write(event(internal_error(error).body))
-    await response.write(DONE)
