@@ -11,23 +11,24 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qjax.cli import commands
+from qjax.cli import commands, tools
 from qjax.cli.options import Parser, refuse_unknown, with_dashes
 
 EXAMPLE = "Qwen/Qwen3-0.6B"
 EXAMPLES = {
-    "serve": "an HTTP server with the small Qwen3 that ships with qjax",
+    "serve": "an HTTP server with the small built-in Qwen3",
     f"serve {EXAMPLE}": "an HTTP server with OpenAI's API",
     f"chat {EXAMPLE}": "talk to a model in this terminal",
     f'generate {EXAMPLE} "Once upon"': "continue a text",
     f"info {EXAMPLE}": "size and memory plan, without loading",
     "train run.toml": "fine-tune a model on chats",
+    "run-batch -i IN.jsonl -o OUT.jsonl": "answer a file of requests",
 }
 SCREEN = f"""\
 qjax: an inference engine for the Qwen3 models, in JAX
 
 {"".join(f"  qjax {example:<38}{text}\n" for example, text in EXAMPLES.items())}
-A model is a name on the Hugging Face hub or a local folder; without one, the built-in model is used.
+A model is a name on the Hugging Face hub or a local folder; without one, it is the built-in model.
 `qjax COMMAND --help` lists a command's options, `qjax --version` the version.
 """
 COMMANDS = {
@@ -36,6 +37,7 @@ COMMANDS = {
     "generate": commands.add_generate,
     "info": commands.add_info,
     "train": commands.add_train,
+    "run-batch": tools.add_run_batch,
 }
 
 

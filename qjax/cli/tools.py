@@ -1,0 +1,37 @@
+"""The commands beside serving and talking: batches, and what this machine is. Heavy imports are inside functions."""
+
+import argparse
+from typing import Any
+
+from qjax.cli.commands import add_model_command
+from qjax.cli.options import add_model_flag, add_options, argument, read_config, read_engine_config
+from qjax.config import EngineConfig, ServerConfig
+
+# A batch is answered as the server would, but listens nowhere.
+ANSWERS = (
+    *("served_model_name", "chat_template", "default_chat_template_kwargs"),
+    *("reasoning_parser", "tool_call_parser", "enable_auto_tool_choice"),
+)
+
+
+def add_run_batch(commands: Any) -> None:
+    description = "Answers a file of requests in OpenAI's batch format. A wrong request stops no other."
+    batch = add_model_command(commands, "run-batch", _run_batch, description, "-i FILE -o FILE [MODEL]")
+    add_model_flag(batch)
+    group = batch.add_argument_group("Batch")
+    text = "Local file with a request a line: custom_id, method, url and body"
+    group.add_argument("-i", "--input-file", required=True, metavar="FILE", help=text)
+    group.add_argument("-o", "--output-file", required=True, metavar="FILE", help="File that the answers go to")
+    text = "Requests on their way at a time [1024]"
+    group.add_argument("--max-inflight", type=argument(int), metavar="COUNT", help=text)
+    add_options(batch, EngineConfig)
+    add_options(batch, ServerConfig, ANSWERS)
+
+
+def _run_batch(args: argparse.Namespace) -> int:
+    config, server_config = read_engine_config(args), read_config(ServerConfig, args)
+    from qjax.server import batch
+
+    names = ("input_file", "output_file", "max_inflight")
+    options = batch.BatchOptions(**{name: getattr(args, name) for name in names if name in args})
+    return batch.run(config, server_config, options)
