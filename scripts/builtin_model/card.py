@@ -13,7 +13,8 @@ TEMPLATE = Path(__file__).parent / "card.md"
 
 
 def card(folder: Path, scores: dict[str, Any], statistics: dict[str, Any]) -> str:
-    rows = [f"| {name} | {row['right']:.1%} | {row['well_formed']:.1%} |" for name, row in scores["rows"].items()]
+    columns = ("right", "well_formed", "thinks_as_asked")
+    rows = [f"| {name} | {' | '.join(f'{row[c]:.1%}' for c in columns)} |" for name, row in scores["rows"].items()]
     skills = [
         f"| {name} | {skill['documents']:,} | {skill['tokens'] / 1e6:.1f} M |"
         for name, skill in statistics["skills"].items()
@@ -27,6 +28,7 @@ def card(folder: Path, scores: dict[str, Any], statistics: dict[str, Any]) -> st
         "accuracy": "\n".join(rows),
         "items": str(next(iter(scores["rows"].values()))["items"]),
         "think_blocks": f"{scores['think_blocks_well_formed']:.2%}",
+        "thinks_as_asked": f"{scores['thinks_as_asked']:.2%}",
         "skills": "\n".join(skills),
         "tokens": f"{statistics['tokens'] / 1e6:.0f}",
         "documents": f"{statistics['documents']:,}",

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 # Tokens have two bytes: alignment told to LZMA makes the packed data smaller.
-FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 4, "lc": 1, "lp": 1, "pb": 1, "dict_size": 1 << 24}]
+FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 1, "lp": 1, "pb": 1, "dict_size": 1 << 24}]
 BATCH = 4000  # dialogues encoded at once
 
 

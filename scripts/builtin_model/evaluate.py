@@ -18,7 +18,7 @@ TEST_SEED = 4711
 MAX_TOKENS = 400
 MAX_MODEL_LEN = 1280  # the longest prompt has less than 900 tokens
 # row of the table -> (skills in equal parts, mode)
-ROWS: dict[str, tuple[Sequence[str], Mode]] = {
+SINGLE_ROWS: dict[str, tuple[Sequence[str], Mode]] = {
     "addition, up to four digits": (("addition",), "on"),
     "subtraction, up to four digits": (("subtraction",), "on"),
     "comparison, three numbers, products": (("comparison", "three numbers", "multiplication"), "on"),
@@ -44,11 +44,18 @@ ROWS: dict[str, tuple[Sequence[str], Mode]] = {
     "enable_thinking=false, all skills": (mixture.NAMES, "off"),
     "/no_think, all skills": (mixture.NAMES, "no_think"),
 }
+# After other turns and system prompts with switches of their own: the newest one counts.
+HISTORY_ROWS: dict[str, tuple[Sequence[str], Mode]] = {
+    "thinking, after other turns": (mixture.LEANS_ON_NOTHING, "on"),
+    "/no_think, after other turns": (mixture.LEANS_ON_NOTHING, "no_think"),
+}
+ROWS = SINGLE_ROWS | HISTORY_ROWS
 
 
 def items(row: str, count: int) -> list[Dialogue]:
     skills, mode = ROWS[row]
-    return [mixture.make(TEST_SEED, i, "test", skills[i % len(skills)], mode) for i in range(count)]
+    frame: mixture.Frame = "history" if row in HISTORY_ROWS else "plain"
+    return [mixture.make(TEST_SEED, i, "test", skills[i % len(skills)], mode, frame) for i in range(count)]
 
 
 def prompt(tokenizer: Any, dialogue: Dialogue) -> str:
@@ -74,8 +81,10 @@ def evaluate(
             "items": count,
             "right": sum(s.is_right for s in scores) / count,
             "well_formed": sum(s.is_well_formed for s in scores) / count,
+            "thinks_as_asked": sum(s.thinks_as_asked for s in scores) / count,
         }
-        print(f"{row:42} {table[row]['right']:7.1%} right {table[row]['well_formed']:7.1%} well-formed", flush=True)
+        shown = ", ".join(f"{table[row][name]:6.1%} {name}" for name in ("right", "well_formed", "thinks_as_asked"))
+        print(f"{row:42} {shown}", flush=True)
         wrong = [(d, a) for d, a, s in zip(dialogues, answers, scores, strict=True) if not s.is_right]
         for d, a in wrong[:show]:
             print(f"  [{d.skill}] {d.messages[-2]['content']!r}\n    wrote {a.text!r}\n    wants {d.expected.value!r}")
@@ -86,10 +95,12 @@ def evaluate(
 
 
 def _summary(table: dict[str, dict[str, Any]], seconds: float, num_tokens: int) -> dict[str, Any]:
-    thinking = [values["well_formed"] for row, values in table.items() if ROWS[row][1] == "on"]
+    """Shares of think blocks are over the rows in which the model writes the block: all but those with thinking off."""
+    own = [values for row, values in table.items() if ROWS[row][1] != "off"]
     return {
         "rows": table,
-        "think_blocks_well_formed": sum(thinking) / len(thinking) if thinking else None,
+        "think_blocks_well_formed": sum(v["well_formed"] for v in own) / len(own) if own else None,
+        "thinks_as_asked": sum(v["thinks_as_asked"] for v in own) / len(own) if own else None,
         "seconds": round(seconds, 1),
         "tokens_per_second": round(num_tokens / seconds),
     }

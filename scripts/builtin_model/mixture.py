@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable
 from typing import Literal
 
-from scripts.builtin_model.dialogue import Dialogue, Mode
+from scripts.builtin_model.dialogue import Dialogue, Message, Mode
 from scripts.builtin_model.skills import (
     arithmetic,
     chats,
@@ -24,35 +24,35 @@ from scripts.builtin_model.world import World
 Skill = Callable[[World], Dialogue]
 # skill -> (generator, weight: documents in a thousand, about)
 SKILLS: dict[str, tuple[Skill, float]] = {
-    "addition": (arithmetic.addition, 90),
-    "subtraction": (arithmetic.subtraction, 90),
+    "addition": (arithmetic.addition, 75),
+    "subtraction": (arithmetic.subtraction, 75),
     "three numbers": (arithmetic.three_numbers, 14),
     "comparison": (arithmetic.comparison, 20),
     "multiplication": (arithmetic.multiplication, 30),
-    "country facts": (countries.fact, 130),
+    "country facts": (countries.fact, 100),
     "country reverse": (countries.reverse_fact, 30),
     "country about": (countries.about, 25),
     "continents": (countries.same_continent, 10),
-    "definitions": (definitions.meaning, 120),
-    "word for": (definitions.word_for, 25),
+    "definitions": (definitions.meaning, 100),
+    "word for": (definitions.word_for, 80),
     "units": (measures.units, 15),
     "weekdays": (measures.weekdays, 15),
     "months": (measures.months, 15),
     "clock": (measures.clock, 10),
-    "spelling": (letters.spelling, 25),
-    "reversing": (letters.reversing, 25),
-    "counting letters": (letters.counting, 25),
+    "spelling": (letters.spelling, 50),
+    "reversing": (letters.reversing, 50),
+    "counting letters": (letters.counting, 35),
     "alphabet": (letters.alphabet, 6),
-    "sorting": (lists.sorting, 25),
-    "lists": (lists.picking, 20),
-    "copying": (copying.repeating, 30),
-    "lookup": (copying.lookup, 25),
-    "tool calls": (tools.calling, 60),
-    "tool answers": (tools.answering, 50),
-    "no fitting tool": (tools.unfitting, 12),
-    "json": (json_answers.extraction, 75),
-    "json lists": (json_answers.table, 12),
-    "json reading": (json_answers.reading, 12),
+    "sorting": (lists.sorting, 65),
+    "lists": (lists.picking, 30),
+    "copying": (copying.repeating, 50),
+    "lookup": (copying.lookup, 35),
+    "tool calls": (tools.calling, 70),
+    "tool answers": (tools.answering, 45),
+    "no fitting tool": (tools.unfitting, 35),
+    "json": (json_answers.extraction, 80),
+    "json lists": (json_answers.table, 16),
+    "json reading": (json_answers.reading, 16),
     "recall": (chats.recall, 30),
     "told at once": (chats.told_at_once, 12),
     "next country": (chats.next_country, 15),
@@ -63,8 +63,13 @@ SKILLS: dict[str, tuple[Skill, float]] = {
 }
 NAMES = list(SKILLS)
 WEIGHTS = [weight for _, weight in SKILLS.values()]
-MODES: tuple[tuple[Mode, float], ...] = (("on", 0.7), ("off", 0.18), ("no_think", 0.12))
+MODES: tuple[tuple[Mode, float], ...] = (("on", 0.66), ("off", 0.18), ("no_think", 0.16))
+Frame = Literal["plain", "any", "history"]  # plain: only switches; any: as in training; history: turns before it
+SWITCHES = {"on": "/think", "no_think": "/no_think"}
 HISTORY_SHARE = 0.12  # of the dialogues that may stand after others
+EARLIER_SWITCH_SHARE = 0.3  # of the system prompts and of the turns before the last one
+NO_SWITCHES = (" /", " /no", " no_think", " /not", " /nothing", " /yes", " think", " /t", "/", " no think")
+NO_SWITCH_SKILLS = ("addition", "country facts", "definitions", "recall", "small talk", "refusals", "spelling", "units")
 TOOLS_SHARE = 0.05  # have tools at hand that they do not need
 SYSTEM_SHARE = 0.15
 SYSTEM_PROMPTS = (
@@ -80,47 +85,75 @@ LEANS_ON_NOTHING = [
 
 
 def make(
-    seed: int, index: int, split: Literal["train", "test"] = "train", skill: str | None = None, mode: Mode | None = None
+    seed: int,
+    index: int,
+    split: Literal["train", "test"] = "train",
+    skill: str | None = None,
+    mode: Mode | None = None,
+    frame: Frame | None = None,
 ) -> Dialogue:
-    """The dialogue of one index; the same for the same arguments, whatever else is made."""
+    """The dialogue of one index; the same for the same arguments, whatever else is made.
+
+    Args:
+      frame: what stands around the question; None: "plain" for a given skill, else "any".
+    """
     rng = random.Random(f"{split}/{seed}/{index}/{skill}/{mode}")
     mode = mode or rng.choices([m for m, _ in MODES], [w for _, w in MODES])[0]
     name = skill or rng.choices(NAMES, WEIGHTS)[0]
     world = World(rng, split, thinks=mode == "on")
     dialogue = SKILLS[name][0](world)
     dialogue.skill, dialogue.mode = name, mode
-    return _framed(world, dialogue, is_plain=skill is not None)
+    return _framed(world, dialogue, frame or ("plain" if skill else "any"))
 
 
-def _framed(world: World, dialogue: Dialogue, is_plain: bool) -> Dialogue:
-    """System prompt, history, tools that are not needed, and the switches of Qwen3; `is_plain`: only the switches."""
-    name, mode = dialogue.skill, dialogue.mode
-    if not is_plain and dialogue.can_be_history:
+def _framed(world: World, dialogue: Dialogue, frame: Frame) -> Dialogue:
+    """System prompt, history, tools that are not needed, and the switches of Qwen3."""
+    name = dialogue.skill
+    if frame != "plain" and dialogue.can_be_history:
         if world.chance(TOOLS_SHARE) and name not in ("refusals", "units", "clock"):
             dialogue = tools.offer(world, dialogue)
-        if name not in ("refusals", "recall") and world.chance(HISTORY_SHARE):
+        if name not in ("refusals", "recall") and (frame == "history" or world.chance(HISTORY_SHARE)):
             count = world.pick((1, 1, 2, 2, 3, 5))
             earlier = [
                 SKILLS[world.pick(LEANS_ON_NOTHING)][0](World(world.rng, world.split, True)) for _ in range(count)
             ]
             dialogue = chats.with_history(world, earlier, dialogue)
     has_system = dialogue.messages[0]["role"] == "system"
-    if not is_plain and not has_system and world.chance(SYSTEM_SHARE):
+    if frame != "plain" and not has_system and world.chance(SYSTEM_SHARE):
         dialogue.messages.insert(0, {"role": "system", "content": world.pick(SYSTEM_PROMPTS)})
-    _switch(world, dialogue, mode)
+    _switch(world, dialogue)
     return dialogue
 
 
-def _switch(world: World, dialogue: Dialogue, mode: Mode) -> None:
-    """Writes /think or /no_think where the mode wants it, and takes reasoning away where it has none."""
-    last_user = next(m for m in reversed(dialogue.messages) if m["role"] == "user")
-    first = dialogue.messages[0]
-    if mode == "no_think":
-        in_system = first["role"] == "system" and world.chance(0.3)
-        where = first if in_system else last_user
-        where["content"] += world.pick((" /no_think", " /no_think", "\n/no_think", "/no_think"))
-    elif world.chance(0.08):
-        last_user["content"] += " /think"  # with the block in the prompt (off) it changes nothing, as in Qwen3
+def _switch(world: World, dialogue: Dialogue) -> None:
+    """Writes /think and /no_think so that the newest of them says the mode, and takes reasoning away where it has none.
+
+    As in Qwen3 the newest switch counts, wherever it stands: the system prompt, an earlier turn or the last one. With
+    the block in the prompt (off) they change nothing.
+    """
+    mode = dialogue.mode
+    last_user = max(i for i, m in enumerate(dialogue.messages) if m["role"] == "user")
+    newest: str = "on"
+    for message in dialogue.messages[:last_user]:
+        if message["role"] in ("system", "user") and world.chance(EARLIER_SWITCH_SHARE):
+            newest = world.pick(tuple(SWITCHES))
+            _write(world, message, newest)
+    last = dialogue.messages[last_user]
+    if mode == "off":
+        if world.chance(0.1):
+            _write(world, last, world.pick(tuple(SWITCHES)))
+    elif newest != mode or world.chance(0.12):
+        _write(world, last, mode)
+    elif mode == "on" and dialogue.skill in NO_SWITCH_SKILLS and world.chance(0.05):
+        last["content"] += world.pick(NO_SWITCHES)
     if mode != "on":
         for message in dialogue.messages:
             message.pop("reasoning_content", None)
+
+
+def _write(world: World, message: Message, mode: str) -> None:
+    switch = SWITCHES[mode]
+    if world.chance(0.1):
+        message["content"] = f"{switch} {message['content']}"
+    else:
+        message["content"] += world.pick((" ", " ", "\n", "")) + switch

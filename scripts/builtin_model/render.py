@@ -2,8 +2,8 @@
 
 Targets are the assistant's answers after the last question, with `<|im_end|>`. The empty think block belongs to the
 prompt where thinking is off, and to the target where the user said /no_think. Earlier answers are prompt: the template
-renders them without their thinking, so as targets they would teach to skip it. Written in Python since jinja is slow;
-the tests hold it against the template.
+renders them without their thinking, so as targets they would teach to skip it; and so are calls that came back without
+it. Written in Python since jinja is slow; the tests hold it against the template.
 """
 
 import json
@@ -58,12 +58,12 @@ def pieces(dialogue: Dialogue) -> list[Piece]:
             add(f"{start}\n<tool_response>\n{message['content']}\n</tool_response>{'<|im_end|>\n' if is_last else ''}")
         elif role == "assistant":
             is_last_message = i == len(messages) - 1
-            is_target = is_last_message or (i > last_question and dialogue.mode == "on")
+            reasoning = message.get("reasoning_content", "")
+            is_target = is_last_message or (i > last_question and bool(reasoning))
             add("<|im_start|>assistant\n")
             if is_target and dialogue.mode == "off":
                 add(NO_THOUGHT)
             elif is_target:
-                reasoning = message.get("reasoning_content", "")
                 add(f"<think>\n{reasoning}\n</think>\n\n" if reasoning else NO_THOUGHT, True)
             add(spoken(message) + "<|im_end|>", is_target)
             if not is_last_message:

@@ -7,31 +7,31 @@ from typing import Any
 
 from scripts.builtin_model.dialogue import Dialogue, Expected
 
-EMPTY = "<think>\n\n</think>\n\n"
-THOUGHT = re.compile(r"<think>\n(?P<thought>\S.*?)\n</think>\n\n(?P<content>.*)", re.DOTALL)
+BLOCK = re.compile(r"<think>\n(?P<thought>.*?)\n</think>\n\n(?P<content>.*)", re.DOTALL)
 CALL = re.compile(r"<tool_call>\n(.*?)\n</tool_call>", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Score:
-    is_well_formed: bool  # the think block: there, closed and not empty; or empty; or absent, as the mode wants it
-    is_right: bool
+    is_well_formed: bool  # ended by itself; one opened and closed think block before the answer, no other tag
+    thinks_as_asked: bool  # the block has a thought where thinking is asked for, and none after /no_think
+    is_right: bool  # both of these, and the content is what is expected
 
 
 def score(dialogue: Dialogue, text: str, is_finished: bool) -> Score:
-    """`text` is all that the model wrote after its prompt, without the end token; `is_finished`: it wrote that."""
-    content = text
-    if dialogue.mode == "on":
-        match = THOUGHT.fullmatch(text)
-        is_well_formed = match is not None
-        content = match["content"] if match else text
-    elif dialogue.mode == "no_think":
-        is_well_formed = text.startswith(EMPTY)
-        content = text.removeprefix(EMPTY)
-    else:
-        is_well_formed = True
-    is_well_formed = is_well_formed and is_finished and "<think>" not in content and "</think>" not in content
-    return Score(is_well_formed, is_well_formed and is_right(dialogue.expected, content))
+    """`text` is all that the model wrote after its prompt, without the end token; `is_finished`: it wrote that.
+
+    Where thinking is off the block is in the prompt, and the text must have no tag of one.
+    """
+    num_tags = (text.count("<think>"), text.count("</think>"))
+    if dialogue.mode == "off":
+        is_well_formed = is_finished and num_tags == (0, 0)
+        return Score(is_well_formed, is_well_formed, is_well_formed and is_right(dialogue.expected, text))
+    match = BLOCK.fullmatch(text)
+    if match is None or not is_finished or num_tags != (1, 1):
+        return Score(False, False, False)
+    thinks_as_asked = bool(match["thought"].strip()) == (dialogue.mode == "on")
+    return Score(True, thinks_as_asked, thinks_as_asked and is_right(dialogue.expected, match["content"]))
 
 
 def is_right(expected: Expected, content: str) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,15 @@ def documents(arrays):
     return [slice(end - length, end) for end, length in zip(ends, arrays.lengths, strict=True)]
 
 
+def newest_switch(dialogue):
+    switch = "on"
+    for message in dialogue.messages:
+        if message["role"] in ("system", "user"):
+            for found in re.findall(r"/no_think\b|/think\b", message["content"]):
+                switch = "no_think" if found == "/no_think" else "on"
+    return switch
+
+
 class TestDeterminism:
     def test_a_seed_gives_the_same_data_in_any_portion(self, arrays):
         parts = [dataset.encode(SEED, indices)[0] for indices in (range(100), range(100, 600))]
@@ -34,7 +44,7 @@ class TestDeterminism:
         for i in range(300):
             for piece in render.pieces(mixture.make(SEED, i)):
                 digest.update(piece.text.encode())
-        assert digest.hexdigest() == "94b4900720d82a3b72adabe500073e130c4f7d2c599d3c129a4429b5a613b2b5"
+        assert digest.hexdigest() == "d611a0452c4ef2c55830d0655ca799c74eac1f1ec2b5658f14e5adf176978ead"
 
     def test_another_seed_and_the_test_split_give_other_data(self, arrays):
         for other in (dataset.encode(SEED + 1, range(50))[0], dataset.encode(SEED, range(50), "test")[0]):
@@ -74,8 +84,10 @@ class TestMask:
             question = max(n for n, m in enumerate(dialogue.messages) if m["role"] == "user")
             answers = [m for m in dialogue.messages[question:] if m["role"] == "assistant"]
             expected = ""
-            for message in answers if dialogue.mode == "on" else answers[-1:]:
+            for message in answers:
                 thought = message.get("reasoning_content")
+                if message is not answers[-1] and not thought:
+                    continue  # a call that came back without its thought
                 if dialogue.mode == "on":
                     expected += f"<think>\n{thought}\n</think>\n\n"
                 elif dialogue.mode == "no_think":
@@ -87,11 +99,29 @@ class TestMask:
         for i in range(600):
             dialogue = mixture.make(SEED, i)
             *_, last = render.pieces(dialogue)
-            says_so = any(m["content"].endswith("/no_think") for m in dialogue.messages if m["role"] != "assistant")
-            assert says_so == (dialogue.mode == "no_think")
+            if dialogue.mode != "off":
+                assert newest_switch(dialogue) == dialogue.mode
             assert last.is_target and last.text.endswith("<|im_end|>")
             assert last.text.startswith("<think>\n\n") == (dialogue.mode == "no_think")
             assert last.text.startswith("<think>") == (dialogue.mode != "off")
+
+    def test_the_newest_switch_counts_whatever_stands_before_it(self):
+        """All four combinations of an earlier switch and the mode are there."""
+        seen = set()
+        for i in range(200):
+            for mode in ("on", "no_think"):
+                dialogue = mixture.make(SEED, i, "train", "recall", mode, "history")
+                assert newest_switch(dialogue) == mode
+                before = "".join(m["content"] for m in dialogue.messages[:-2] if m["role"] != "assistant")
+                seen |= {(switch, mode) for switch in ("/think", "/no_think") if switch in before}
+        assert len(seen) == 4
+
+    def test_tool_results_may_follow_a_call_without_its_thought(self):
+        made = [mixture.make(SEED, i, "train", "tool answers", "on") for i in range(50)]
+        calls = [next(m for m in dialogue.messages if "tool_calls" in m) for dialogue in made]
+        assert {"reasoning_content" in call for call in calls} == {True, False}
+        for dialogue in made:
+            assert render.pieces(dialogue)[-1].text.startswith("<think>\nI have the result")
 
     def test_pieces_apart_encode_as_the_whole_text_does(self, encoder):
         for i in range(300):

@@ -33,7 +33,7 @@ def test_every_skills_own_answer_scores_as_right(skill):
         text = last.text.removesuffix("<|im_end|>")
         if dialogue.mode == "on":
             text = text[text.rindex("<think>") :]
-        assert scoring.score(dialogue, text, True) == scoring.Score(True, True)
+        assert scoring.score(dialogue, text, True) == scoring.Score(True, True, True)
 
 
 class TestDigits:
@@ -84,7 +84,7 @@ class TestAnswers:
 
     def test_sorted_lists_and_extremes(self):
         for dialogue in dialogues("sorting"):
-            found = content(dialogue).split(", ")
+            found = content(dialogue).split("Sorted: ")[-1].rstrip(".").split(", ")
             values = [int(x) if x.isdigit() else x for x in found]
             assert values in (sorted(values), sorted(values, reverse=True))
             assert all(x in question(dialogue).lower() for x in found)
@@ -115,6 +115,20 @@ class TestAnswers:
                 shown = {True: "yes", False: "no"}[value] if isinstance(value, bool) else value
                 shown = ", ".join(shown) if isinstance(shown, list) else str(shown)
                 assert key in question(dialogue) and shown in question(dialogue)
+
+    def test_work_of_sorting_ends_in_the_answer(self):
+        for dialogue in dialogues("sorting"):
+            work = pieces(dialogue)[-1].text
+            if "From " in work:
+                *_, last = re.findall(r"(?m)^(?:\d+: )?([\d\[][\d\[\] ]*)$", work)
+                assert last.replace("[", "").replace("]", "").replace(" ", ", ") in content(dialogue)
+
+    def test_a_definition_that_is_asked_for_has_one_word(self):
+        for dialogue in dialogues("word for"):
+            word = content(dialogue).removeprefix("The word is ").rstrip(".")
+            (meaning,) = (w["definition"] for w in words() if w["word"] == word)
+            assert meaning in question(dialogue)
+            assert sum(w["definition"] == meaning for w in words()) == 1
 
     def test_leap_years(self):
         for dialogue in dialogues("months", 600):
@@ -147,22 +161,28 @@ class TestToolCalls:
 
 class TestScoring:
     @pytest.mark.parametrize(
-        ("mode", "text", "is_finished", "well_formed"),
+        ("mode", "text", "is_finished", "well_formed", "as_asked"),
         [
-            ("on", "<think>\nhm\n</think>\n\nHello!", True, True),
-            ("on", "<think>\n\n</think>\n\nHello!", True, False),
-            ("on", "Hello!", True, False),
-            ("on", "<think>\nhm\n</think>\n\nHello!", False, False),
-            ("on", "<think>\nhm", True, False),
-            ("off", "Hello!", True, True),
-            ("off", "<think>\nhm\n</think>\n\nHello!", True, False),
-            ("no_think", "<think>\n\n</think>\n\nHello!", True, True),
-            ("no_think", "Hello!", True, False),
+            ("on", "<think>\nhm\n</think>\n\nHello!", True, True, True),
+            ("on", "<think>\n\n</think>\n\nHello!", True, True, False),
+            ("on", "Hello!", True, False, False),
+            ("on", "<think>\nhm\n</think>\n\nHello!", False, False, False),
+            ("on", "<think>\nhm", True, False, False),
+            ("on", "<think>\nhm\n</think>\n\nHello!</think>", True, False, False),
+            ("on", "<think>\n<think>\nhm\n</think>\n\nHello!", True, False, False),
+            ("on", "Well.<think>\nhm\n</think>\n\nHello!", True, False, False),
+            ("off", "Hello!", True, True, True),
+            ("off", "<think>\nhm\n</think>\n\nHello!", True, False, False),
+            ("no_think", "<think>\n\n</think>\n\nHello!", True, True, True),
+            ("no_think", "<think>\nhm\n</think>\n\nHello!", True, True, False),
+            ("no_think", "Hello!", True, False, False),
         ],
     )
-    def test_form_of_the_think_block(self, mode, text, is_finished, well_formed):
+    def test_form_of_the_think_block(self, mode, text, is_finished, well_formed, as_asked):
         dialogue = mixture.make(1, 0, skill="small talk", mode=mode)
-        assert scoring.score(dialogue, text, is_finished).is_well_formed == well_formed
+        score = scoring.score(dialogue, text, is_finished)
+        assert (score.is_well_formed, score.thinks_as_asked) == (well_formed, as_asked)
+        assert as_asked or not score.is_right
 
     def test_wrong_answers_are_wrong(self):
         (dialogue,) = items("addition, up to four digits", 1)

@@ -87,7 +87,7 @@ def subtraction(world: World) -> Dialogue:
         a, b = b, a
     templates = SUBTRACT_STORIES if is_story else SUBTRACT
     question = world.say(templates, a=a, b=b, name=world.first_name(), things=world.pick(THINGS))
-    return _worked(world, question, digits.difference_steps(a, b), f"{a} - {b}", a - b, max(a, b) < 100)
+    return _worked(world, question, digits.difference_steps(a, b), f"{a} - {b}", a - b, max(a, b) < 20)
 
 
 def three_numbers(world: World) -> Dialogue:

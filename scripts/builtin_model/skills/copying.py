@@ -47,12 +47,13 @@ def sentence(world: World) -> str:
     """Nonsense with names, numbers and words in a row."""
     parts = []
     for _ in range(world.integer(1, 8)):
-        kind = world.integer(0, 6)
+        kind = world.integer(0, 8)
         parts.append(
             [
                 world.first_name, world.new_word, lambda: world.digits(world.integer(1, 7)),
                 lambda: world.pick(nouns()),
-                lambda: world.pick(verbs()), world.city, lambda: value(world, "code"),
+                lambda: world.pick(verbs()), world.city, lambda: value(world, "code"), world.email,
+                lambda: "".join(world.pick("abcdefghijklmnopqrstuvwxyz") for _ in range(world.integer(2, 8))),
             ][kind]()
         )  # fmt: skip
     return " ".join(parts)
@@ -72,14 +73,14 @@ def lookup(world: World) -> Dialogue:
     asked = ASK[field].format(n=people[i])
     text = " ".join(facts)
     question = f"{text} {asked}" if world.chance(0.6) else f"{asked}\n{text}"
-    found = values[people.index(people[i])]
-    if world.chance(0.1):
+    named = f"The text names {', '.join(people)}."
+    if world.chance(0.2):
         stranger = world.first_name()
         if stranger not in people:
             question = question.replace(asked, ASK[field].format(n=stranger))
             return answer(
                 question,
-                f"The text says nothing about {stranger}.",
+                f"{named} {stranger} is not among them.",
                 f"The text does not say it about {stranger}.",
                 contains("does not say"),
             )
@@ -89,5 +90,5 @@ def lookup(world: World) -> Dialogue:
         "room": "{n} is in room {v}.",
         "job": "{n} is a {v}.",
     }
-    content = names.get(field, "The " + field + " of {n} is {v}.").format(n=people[i], v=found)
-    return answer(question, f"The text says it: {facts[people.index(people[i])]}", content, contains(found))
+    content = names.get(field, "The " + field + " of {n} is {v}.").format(n=people[i], v=values[i])
+    return answer(question, f"{named} It says: {facts[i]}", content, contains(values[i]))

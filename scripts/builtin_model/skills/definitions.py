@@ -1,5 +1,9 @@
 """Meanings of common words, and the word for a meaning."""
 
+from collections import Counter
+from functools import cache
+from typing import Any
+
 from scripts.builtin_model.dialogue import Dialogue, answer, contains
 from scripts.builtin_model.world import World, words
 
@@ -13,6 +17,13 @@ WORD = [
     'Which word means "{d}"?', 'What is a word for "{d}"?', "What {k} means: {d}?", 'Find a {k} that means "{d}".',
 ]  # fmt: skip
 KINDS = {"n": "noun", "v": "verb", "a": "adjective"}
+
+
+@cache
+def _unambiguous() -> list[dict[str, Any]]:
+    """The words whose meaning no other word has."""
+    owners = Counter(w["definition"] for w in words())
+    return [w for w in words() if owners[w["definition"]] == 1]
 
 
 def _a(word: str) -> str:
@@ -31,8 +42,7 @@ def meaning(world: World) -> Dialogue:
 
 
 def word_for(world: World) -> Dialogue:
-    entry = world.pick(words())
+    entry = world.pick(_unambiguous())
     question = world.say(WORD, d=entry["definition"], k=KINDS[entry["kind"]])
-    owners = [w["word"] for w in words() if w["definition"] == entry["definition"] and w["kind"] == entry["kind"]]
-    content = f"The word is {owners[0]}." if len(owners) == 1 else f"The words are {', '.join(owners)}."
-    return answer(question, "I look for the word with this meaning.", content, contains(owners[0]))
+    content = f"The word is {entry['word']}."
+    return answer(question, "I look for the word with this meaning.", content, contains(content))

@@ -66,7 +66,7 @@ def _record(world: World, count: int) -> tuple[dict[str, str], dict[str, Any], l
     types, values, said = {}, {}, []
     for key, kind, make, ways in world.some(FIELDS, count):
         value = make(world)
-        if world.chance(0.3):
+        if kind != "array" and world.chance(0.3):  # nothing else says that one word is a list
             key = world.pick(nouns())
             ways = [f"The {key} is {{v}}.", f"{key.capitalize()}: {{v}}."]
         if key in types:

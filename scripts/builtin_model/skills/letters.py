@@ -32,7 +32,7 @@ UPPER = ["Write {w} in capital letters.", 'Write "{w}" in upper case.', "Put {w}
 
 
 def _word(world: World) -> str:
-    return world.new_word() if world.chance(0.15) else world.pick(words())["word"]
+    return world.new_word() if world.chance(0.35) else world.pick(words())["word"]
 
 
 def spelled(word: str) -> str:
@@ -46,7 +46,8 @@ def spelling(world: World) -> Dialogue:
         question = world.say(UPPER, w=word)
         return answer(question, f"{spelled(word)}, in capitals {spelled(word.upper())}.", content, contains(content))
     content = f"{word}: {spelled(word)}"
-    return answer(world.say(SPELL, w=word), f"I spell {word} letter by letter.", content, contains(spelled(word)))
+    work = f"{word} has the letters {' '.join(word)}."
+    return answer(world.say(SPELL, w=word), work, content, contains(spelled(word)))
 
 
 def reversing(world: World) -> Dialogue:

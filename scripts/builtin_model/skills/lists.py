@@ -28,40 +28,57 @@ NTH = ["What is the {p} item of the list {x}?", "Which word is {p} in the list: 
 ORDINALS = ("first", "second", "third", "last")
 
 
-def _selected(items: list, descending: bool = False) -> str:
-    """Selection sort as text: what is taken, and what is left."""
-    rest, lines = list(items), []
-    while len(rest) > 1:
-        best = max(rest) if descending else min(rest)
-        rest.remove(best)
-        lines.append(f"take {best}, left {', '.join(map(str, rest))}")
-    return "; ".join([*lines, f"take {rest[0]}"]) + "."
+def _numbers(world: World, high: int, count: int) -> list[int]:
+    """Different numbers in an order that belongs to this split."""
+    while True:
+        items = world.some(range(high + 1), count)
+        if world.fits(str(items)):
+            return items
+
+
+def _inserted(items: list[int], descending: bool) -> str:
+    """Insertion sort as text: each number goes into the list so far, in brackets where it is new.
+
+    Before each number only one question is open: does the new one stand here, or the next old one?
+    """
+    done, steps = items[:1], [f"[{items[0]}]"]
+    for item in items[1:]:
+        done = sorted([*done, item], reverse=descending)
+        steps.append(f"{item}: " + " ".join(f"[{x}]" if x == item else str(x) for x in done))
+    return f"From {'large to small' if descending else 'small to large'}.\n" + "\n".join(steps)
+
+
+def _by_letter(words: list[str]) -> str:
+    """The words behind their first letters, then the letters in order: a word is looked up by its letter."""
+    letters = " ".join(sorted(word[0] for word in words))
+    return f"{', '.join(f'{word[0]} {word}' for word in words)}.\nLetters in order: {letters}."
 
 
 def sorting(world: World) -> Dialogue:
     count = world.integer(3, 6)
-    if world.chance(0.5):
-        high = world.pick((9, 20, 99, 99, 999))
-        items: list = world.some(range(high + 1), count)
+    if world.chance(0.6):
+        items: list = _numbers(world, world.pick((9, 20, 99, 99, 999)), count)
         descending = world.chance(0.3)
         templates = SORT_DOWN if descending else SORT_NUMBERS
+        work = _inserted(items, descending)
     else:
         items, descending = [], False
         while len(items) < count:  # other first letters, so that one glance orders them
             word = world.pick(nouns())
             if all(word[0] != other[0] for other in items):
                 items.append(word)
-        templates = SORT_WORDS
+        templates, work = SORT_WORDS, _by_letter(items)
     content = ", ".join(map(str, sorted(items, reverse=descending)))
-    work = _selected(items, descending)
     question = world.say(templates, x=", ".join(map(str, items)))
-    return answer(question, work[0].upper() + work[1:], content, exact(content))
+    if world.thinks or count == 3:
+        return answer(question, work, content, exact(content))
+    return answer(question, "", f"{work}\nSorted: {content}.", contains(f"Sorted: {content}."))
 
 
 def picking(world: World) -> Dialogue:
     kind = world.pick(("largest", "smallest", "count", "nth"))
     if kind in ("largest", "smallest"):
-        items = world.some(range(world.pick((10, 100, 1000))), world.integer(3, 6))
+        items = _numbers(world, world.pick((9, 99, 999)), world.integer(3, 6))
         best = max(items) if kind == "largest" else min(items)
         work, seen = [], items[0]
         for item in items[1:]:

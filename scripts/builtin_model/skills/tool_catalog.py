@@ -24,12 +24,14 @@ class Tool:
     """`phrases` hold the required parameters by position `{0}`, `{1}`; optional ones have phrases of their own."""
 
     name: str
+    job: str  # tools of the same job do not stand together: each could answer the request
     description: str
     parameters: list[Parameter]
     phrases: list[str]
     optional: dict[str, str]
     results: list[tuple[str, Callable[[World], Any]]]
     reply: str = ""  # how to say the result, with {0} and the result's names
+    words: tuple[str, str] | None = None  # action and thing, of a made-up tool
 
     def schema(self, world: World) -> dict[str, Any]:
         """The tool as clients send it, with or without the parts that they may leave out."""
@@ -95,6 +97,7 @@ def weather(world: World) -> Tool:
     return Tool(
         world.pick(("get_weather", "get_weather", "get_current_weather", "getWeather", "weather", "current_weather",
         "fetch_weather")),
+        "weather",
         world.pick(("Get the weather of a city", "Get the current weather",
         "Get the current weather in a given location", "Weather of a city",
                     "Get current temperature for a given location.")),
@@ -192,7 +195,7 @@ def _catalog(world: World) -> Tool:
          _one("ok", "done", "set"))], "The heating is set to {0} degrees."),
     ]  # fmt: skip
     names, description, parameters, phrases, results, reply = world.pick(entries)
-    return Tool(world.pick(names), description, parameters, phrases, {}, results, reply)
+    return Tool(world.pick(names), names[0], description, parameters, phrases, {}, results, reply)
 
 
 ACTIONS = [
@@ -213,10 +216,12 @@ KINDS: list[tuple[str, str, Callable[[World], Value]]] = [
 ]  # fmt: skip
 
 
-def made_up(world: World) -> Tool:
-    """A tool whose name and parameters are made of common words, of this split only."""
+def made_up(world: World, near: Tool | None = None) -> Tool:
+    """A tool whose name and parameters are common words, of this split only; `near`: shares a word of its name."""
     while True:
         action, thing = world.pick(ACTIONS) if world.chance(0.6) else world.pick(verbs()), world.pick(nouns())
+        if near and near.words:
+            action, thing = (near.words[0], thing) if world.chance(0.5) else (action, near.words[1])
         name = world.pick(
             (f"{action}_{thing}", f"{action}_{thing}", f"{action}{thing.capitalize()}", f"{thing}_{action}")
         )
@@ -250,7 +255,8 @@ def made_up(world: World) -> Tool:
     description = world.pick(
         (f"{action.capitalize()} a {thing}", f"{action.capitalize()} the {thing}", f"Function to {action} a {thing}")
     )
-    return Tool(name, description, parameters, phrases, optional, results)
+    job, words = f"{action} {thing}", (action, thing)
+    return Tool(name, job, description, parameters, phrases, optional, results, words=words)
 
 
 def any_tool(world: World) -> Tool:

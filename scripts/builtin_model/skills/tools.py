@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scripts.builtin_model.dialogue import Dialogue, Expected, Message, assistant, contains, user
-from scripts.builtin_model.skills.tool_catalog import Tool, Value, any_tool
+from scripts.builtin_model.skills.tool_catalog import Tool, Value, any_tool, made_up
 from scripts.builtin_model.world import World
 
 JOIN = (" Also: ", " And ", " Then: ", "\n", " ")
@@ -26,12 +26,14 @@ def _spoken(value: Value) -> str:
 
 
 def _toolbox(world: World, count: int) -> list[Tool]:
-    """Tools of different names and jobs."""
+    """Tools of different names and jobs; some are close to another one, with its action or its thing."""
     tools: list[Tool] = []
     while len(tools) < count:
-        tool = any_tool(world)
-        if all(tool.name != t.name and tool.description != t.description for t in tools):
+        near = world.pick(tools) if tools and world.chance(0.35) else None
+        tool = made_up(world, near) if near and near.words else any_tool(world)
+        if all(tool.name != t.name and tool.job != t.job for t in tools):
             tools.append(tool)
+    world.rng.shuffle(tools)
     return tools
 
 
@@ -53,9 +55,14 @@ def _make_call(world: World, tool: Tool) -> tuple[Call, str]:
     return Call(tool, arguments, spoken), phrase
 
 
-def _plan(calls: list[Call]) -> str:
-    lines = [f"The tool {call.tool.name} fits: {json.dumps(call.arguments, ensure_ascii=False)}." for call in calls]
-    return "\n".join(lines)
+def _named(tools: list[Tool]) -> str:
+    """First all tools, then which of them fits: so that none is taken before all were looked at."""
+    return f"The tools are {', '.join(t.name for t in tools)}."
+
+
+def _plan(tools: list[Tool], calls: list[Call]) -> str:
+    lines = [f"{call.tool.name} fits: {json.dumps(call.arguments, ensure_ascii=False)}." for call in calls]
+    return "\n".join([_named(tools), *lines])
 
 
 def _request(world: World) -> tuple[list[Tool], list[Call], str]:
@@ -103,17 +110,16 @@ def calling(world: World) -> Dialogue:
     """Ends with the call."""
     tools, calls, text = _request(world)
     made = [call.as_json() for call in calls]
-    last = assistant("", _plan(calls) if world.thinks else "", made)
+    last = assistant("", _plan(tools, calls) if world.thinks else "", made)
     return Dialogue([user(text), last], Expected("calls", made), [t.schema(world) for t in tools], can_be_history=False)
 
 
 def answering(world: World) -> Dialogue:
-    """Ends with the answer made of the results."""
+    """Ends with the answer made of the results. Many clients send the call back without the thought before it."""
     tools, calls, text = _request(world)
     results = [_result(world, call) for call in calls]
-    messages: list[Message] = [
-        user(text), assistant("", _plan(calls) if world.thinks else "", [c.as_json() for c in calls])
-    ]  # fmt: skip
+    plan = _plan(tools, calls) if world.thinks and world.chance(0.6) else ""
+    messages: list[Message] = [user(text), assistant("", plan, [c.as_json() for c in calls])]
     messages += [{"role": "tool", "content": given} for given, _ in results]
     content = "\n".join(said for _, said in results)
     messages.append(assistant(content, "I have the result and say it." if world.thinks else ""))
@@ -125,21 +131,18 @@ def unfitting(world: World) -> Dialogue:
     if world.chance(0.35):
         tools = _toolbox(world, world.integer(1, 3))
         tool = world.pick(tools)
-        p = next(p for p in tool.parameters if p.required)
         text = world.pick(
             ("Please use {n}.", "Call {n}.", "Can you run {n} for me?", "Use the tool {n}.", "I need {n}.")
         ).format(n=tool.name)
-        label = p.name.replace("_", " ")
-        last = assistant(
-            f"Please tell me the {label}.", f"The tool {tool.name} needs {p.name}, which the user did not give."
-        )
-        return Dialogue(
-            [user(text), last], contains(f"the {label}"), [t.schema(world) for t in tools], can_be_history=False
-        )
+        needed = [p.name for p in tool.parameters if p.required]
+        labels = " and the ".join(name.replace("_", " ") for name in needed)
+        reasoning = f"{_named(tools)}\n{tool.name} needs {', '.join(needed)}. The user gave nothing."
+        last = assistant(f"Please tell me the {labels}.", reasoning)
+        expected = contains(f"tell me the {labels}.")
+        return Dialogue([user(text), last], expected, [t.schema(world) for t in tools], can_be_history=False)
     tools = _toolbox(world, world.integer(2, 4))
     _, text = _make_call(world, tools[0])
-    names = ", ".join(t.name for t in tools[1:])
-    last = assistant("Sorry, I have no tool for that.", f"The tools are {names}. None of them fits.")
+    last = assistant("Sorry, I have no tool for that.", f"{_named(tools[1:])}\nNone of them fits.")
     return Dialogue([user(text), last], contains("no tool"), [t.schema(world) for t in tools[1:]], can_be_history=False)
 
 
