@@ -201,13 +201,65 @@ class ServerConfig:
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests get after SIGTERM", group="Server", metavar="SECONDS"
     )
+    watchdog_timeout: float = option(
+        300.0,
+        "Seconds without a step of the model, while requests run, after which /health answers 503; 0: never",
+        group="Server",
+        metavar="SECONDS",
+    )
+    server_dev_mode: bool = option(
+        False, "Serve /sleep, /wake_up, /is_sleeping, and /abort_requests for all requests at once", group="Server"
+    )
+
+    uds: str | None = option(None, "Unix socket to listen on, instead of host and port", group="HTTP", metavar="PATH")
+    root_path: str = option("", "Prefix under which a proxy passes requests on, such as /qjax", group="HTTP")
+    ssl_keyfile: str | None = option(None, "Private key, to serve HTTPS", group="HTTP", metavar="FILE")
+    ssl_certfile: str | None = option(None, "Certificate, to serve HTTPS", group="HTTP", metavar="FILE")
+    ssl_ca_certs: str | None = option(None, "Certificates that clients' are checked with", group="HTTP", metavar="FILE")
+    ssl_cert_reqs: int = option(
+        0, "Clients' certificates: 0 not asked for, 1 optional, 2 required", group="HTTP", metavar="NUMBER"
+    )
+    allowed_origins: list[str] = option(
+        [], "Web pages that browsers let use the server (CORS), such as https://a.org; *: all", group="HTTP"
+    )
+    allowed_methods: list[str] = option(["*"], "Methods these pages may use [all]", group="HTTP")
+    allowed_headers: list[str] = option(["*"], "Headers these pages may send [all]", group="HTTP")
+    allow_credentials: bool = option(False, "Let these pages send cookies", group="HTTP")
+    max_num_queued_reqs: int | None = option(
+        None, "Requests that may wait for a place; more are answered with 503 [no limit]", group="HTTP"
+    )
+    max_body_size: int = option(
+        32 * 2**20, "Largest body of a request [32MiB]", group="HTTP", parse=parse_bytes, metavar="BYTES"
+    )
+    max_header_size: int = option(
+        8190, "Longest request line, and longest header", group="HTTP", parse=parse_bytes, metavar="BYTES"
+    )
+    max_header_count: int = option(128, "Most headers of a request", group="HTTP")
 
     def __post_init__(self) -> None:
         coerce_fields(self)
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65535], got {self.port}.")
-        if self.shutdown_timeout < 0:
-            raise ValueError(f"shutdown_timeout must be at least 0 seconds, got {self.shutdown_timeout}.")
+        for name, least in (("shutdown_timeout", 0), ("watchdog_timeout", 0), ("max_header_count", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
+        if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 0:
+            raise ValueError(f"max_num_queued_reqs must be at least 0, got {self.max_num_queued_reqs}.")
+        if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+", self.root_path):
+            raise ValueError(f"root_path must begin with / and not end with it, such as /qjax, got {self.root_path!r}.")
+        if self.ssl_cert_reqs not in (0, 1, 2):
+            raise ValueError(f"ssl_cert_reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}.")
+        if bool(self.ssl_keyfile) != bool(self.ssl_certfile):
+            raise ValueError("ssl_keyfile and ssl_certfile go together: give both, or neither to serve plain HTTP.")
+        if not self.ssl_certfile and (self.ssl_ca_certs or self.ssl_cert_reqs):
+            raise ValueError("ssl_ca_certs and ssl_cert_reqs need ssl_certfile and ssl_keyfile.")
+        if self.ssl_cert_reqs and not self.ssl_ca_certs:
+            raise ValueError("ssl_cert_reqs needs ssl_ca_certs: the certificates that clients' are checked with.")
+        for origin in self.allowed_origins:
+            if origin != "*" and not re.fullmatch(r"[a-z][a-z0-9+.-]*://[^/\s]+", origin):
+                raise ValueError(f"allowed_origins must be * or like https://example.org (no path), got {origin!r}.")
+        if self.allow_credentials and not self.allowed_origins:
+            raise ValueError("allow_credentials needs allowed_origins.")
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ from aiohttp import web
 from qjax.config import ServerConfig
 from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
+from qjax.server.cors import install_cors
 from qjax.server.errors import ApiError, Handler, error_middleware
 from qjax.server.protocol import ChatRequest, CompletionRequest
+from qjax.server.request_id import add_request_id
 from qjax.server.routes import Route, add_routes
 from qjax.server.state import STATE, ServerState
 from qjax.server.status import health, load, metrics, model, models, reset_prefix_cache, version
 from qjax.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-
-MAX_BODY_BYTES = 32 * 2**20  # ten times the text of the longest context
 
 # A new endpoint is a line here. `needs_engine`: refused with 503 until the model is loaded.
 ROUTES = [
@@ -38,11 +38,16 @@ ROUTES = [
 
 
 def make_app(state: ServerState) -> web.Application:
-    open_paths = {route.path for route in ROUTES if route.is_open}  # probes bring no key
-    middlewares = [error_middleware, key_middleware(api_keys(state.config), open_paths)]
-    app = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
+    config = state.config
+    prefixes = {"", config.root_path}  # a proxy may have cut its prefix off, or not
+    open_paths = {prefix + route.path for prefix in prefixes for route in ROUTES if route.is_open}
+    app = web.Application(middlewares=[error_middleware], client_max_size=config.max_body_size)
     app[STATE] = state
-    add_routes(app, ROUTES)
+    app.on_response_prepare.append(add_request_id)
+    install_cors(app, config)
+    app.middlewares.append(key_middleware(api_keys(config), open_paths))
+    for prefix in prefixes:
+        add_routes(app, ROUTES, prefix)
     return app
 
 

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestPayloadError
 
 log = logging.getLogger("qjax.server")
 
@@ -22,6 +24,9 @@ TYPES = {
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     413: "RequestEntityTooLargeError",
+    415: "UnsupportedMediaTypeError",
+    417: "ExpectationFailedError",
+    431: "RequestHeaderFieldsTooLargeError",
     500: "InternalServerError",
     503: "ServiceUnavailableError",
 }
@@ -108,11 +113,14 @@ def as_api_error(request: web.Request, error: Exception) -> ApiError:
         return error
     if isinstance(error, web.HTTPException):
         return _of_http(request, error)
+    if isinstance(error, RequestPayloadError | HttpProcessingError):
+        message = f"The request's body is not what its headers say: {' '.join(str(error).split())[:300]}"
+        return ApiError(400, message, headers={"Connection": "close"})
     return internal_error(error)
 
 
 def _of_http(request: web.Request, error: web.HTTPException) -> ApiError:
-    """aiohttp's own refusals: no such route, wrong method, body too large."""
+    """aiohttp's own refusals: no such route, wrong method, body too large, …"""
     if error.status == 404:
         return ApiError(404, f"The path {request.path} does not exist.")
     if isinstance(error, web.HTTPMethodNotAllowed):

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import json
-import uuid
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -12,11 +11,13 @@ from aiohttp import web
 
 from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
-from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error
+from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error, shorten
 from qjax.server.protocol import PARAM_NAMES, GenerationRequest, check_request_id
+from qjax.server.request_id import HEADER, request_id_of
 from qjax.server.state import ServerState
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # (index of the prompt, delta)
+ENCODINGS = ("identity", "gzip", "deflate")  # of bodies
 LONG_TEXT = 32_768  # characters; tokenizing more than this would hold up everyone else's streams
 
 
@@ -32,8 +33,12 @@ async def read_json(request: web.Request) -> Any:
     """The body as JSON.
 
     Raises:
-      ApiError: 400, another content type or no JSON.
+      ApiError: 400, another content type or no JSON; 415, compressed in a way that is not supported.
     """
+    encoding = request.headers.get("Content-Encoding", "identity").lower()
+    if encoding not in ENCODINGS:
+        message = f"Content-Encoding: {shorten(encoding)} is not supported; {', '.join(ENCODINGS)} are."
+        raise ApiError(415, message, headers={"Accept-Encoding": ", ".join(ENCODINGS)})
     if request.content_type != "application/json":
         message = f"Unsupported Media Type: Only 'application/json' is allowed, got '{request.content_type}'."
         raise ApiError(400, message, type="Bad Request")
@@ -44,11 +49,11 @@ async def read_json(request: web.Request) -> Any:
 
 
 def answer_id(request: web.Request, body: GenerationRequest, prefix: str, separator: str = "-") -> str:
-    """The answer's id: the client's own (in the body or the header), or a random one."""
-    header = request.headers.get("X-Request-Id")
+    """The answer's id: the client's own (in the body or the header), or that of the HTTP request."""
+    header = request.headers.get(HEADER)
     if body.request_id is None and header is not None:
-        check_request_id(header, "X-Request-Id")
-    return f"{prefix}{separator}{body.request_id or header or uuid.uuid4().hex}"
+        check_request_id(header, HEADER)
+    return f"{prefix}{separator}{body.request_id or request_id_of(request)}"
 
 
 async def encode(state: ServerState, text: str, add_special_tokens: bool | None) -> list[int]:

@@ -14,10 +14,9 @@ import sys
 import time
 from pathlib import Path
 
-from aiohttp import web
-
 from qjax.config import EngineConfig, ServerConfig
 from qjax.server.app import api_keys, make_app
+from qjax.server.listening import Address, listen, make_runner
 from qjax.server.state import AsyncEngine, ServerState
 
 log = logging.getLogger("qjax.server")
@@ -74,19 +73,14 @@ async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
     """
     started = time.monotonic()
     state = ServerState(engine, config, read_chat_template(config))
-    runner = web.AppRunner(
-        make_app(state),
-        handler_cancellation=True,  # a client that goes away ends its request
-        access_log=None,
-        shutdown_timeout=1.0,  # by then `_drain` has given requests their time
-    )
+    runner = make_runner(make_app(state), config)
     await runner.setup()
     try:
-        url = await _listen(runner, config)
-        log.info("listening on %s; /health says how far loading is", url)
+        address = await listen(runner, config)
+        log.info("listening on %s; /health says how far loading is", address)
         engine.start()
         if await _started(engine, stop):
-            print(ready_line(state, url, time.monotonic() - started), flush=True)
+            print(ready_line(state, address, time.monotonic() - started), flush=True)
             await _watch(engine, stop)
         if engine.phase == "failed":
             log.error("the engine has failed, so the server stops")
@@ -136,20 +130,6 @@ async def _drain(state: ServerState, stop: Stop) -> None:
         await state.wait_idle(FLUSH_SECONDS)
 
 
-async def _listen(runner: web.AppRunner, config: ServerConfig) -> str:
-    """Opens the port. Returns the address for a client on this machine."""
-    try:
-        await web.TCPSite(runner, config.host, config.port).start()
-    except OSError as error:
-        raise ValueError(
-            f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}. "
-            "Choose others with --host and --port."
-        ) from None
-    port = runner.addresses[0][1]
-    host = "localhost" if config.host in ("0.0.0.0", "::", "") else config.host
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
 def read_chat_template(config: ServerConfig) -> str | None:
     """The text of `--chat-template`.
 
@@ -164,12 +144,12 @@ def read_chat_template(config: ServerConfig) -> str | None:
         raise ValueError(f"--chat-template must name a readable text file: {error}") from None
 
 
-def ready_line(state: ServerState, url: str, seconds: float) -> str:
+def ready_line(state: ServerState, address: Address, seconds: float) -> str:
     """What is printed once requests are served."""
     key = ' -H "Authorization: Bearer $QJAX_API_KEY"' if api_keys(state.config) else ""
     body = json.dumps({"messages": [{"role": "user", "content": "Hello!"}]})
     return (
-        f"qjax serves {state.model_names[0]} at {url} (context {state.engine.max_model_len} tokens, "
+        f"qjax serves {state.model_names[0]} at {address} (context {state.engine.max_model_len} tokens, "
         f"ready after {seconds:.1f} s). Try: "
-        f"curl {url}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+        f"{address.curl}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
     )

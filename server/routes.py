@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from qjax.server.errors import Handler
+from qjax.server.errors import ApiError, Handler
 from qjax.server.state import STATE
 
 
@@ -41,11 +41,21 @@ class Route:
         return self.body if isinstance(self.body, tuple) else (self.body,)
 
 
-def add_routes(app: web.Application, routes: list[Route]) -> None:
+def add_routes(app: web.Application, routes: list[Route], prefix: str = "") -> None:
     for route in routes:
         handler = _when_ready(route.handler) if route.needs_engine else route.handler
-        add = web.get if route.method == "GET" else functools.partial(web.route, route.method)
-        app.add_routes([add(route.path, handler)])  # `get` answers HEAD too
+        add = web.get if route.method == "GET" else functools.partial(web.route, route.method)  # `get` is HEAD too
+        app.add_routes([add(prefix + route.path, handler, expect_handler=_expect)])
+
+
+async def _expect(request: web.Request) -> web.StreamResponse | None:
+    """`Expect: 100-continue`, as curl sends it with a large body; aiohttp's own would refuse others in plain text."""
+    expected = request.headers.get("Expect", "")
+    if expected.lower() != "100-continue":
+        return ApiError(417, f"Expect: {expected!r} is not supported; 100-continue is.").response()
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0  # the answer has not begun: it may still be an error
+    return None
 
 
 def _when_ready(handler: Handler) -> Handler:

@@ -1,9 +1,10 @@
 import json
+import zlib
 
 import openai
 import pytest
 
-from qjax.server.app import MAX_BODY_BYTES
+from qjax.config import ServerConfig
 
 HI = [{"role": "user", "content": "Hi"}]
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
@@ -51,10 +52,24 @@ class TestHttp:
         status, body, _ = await server.post(CHAT, data=json.dumps({"messages": HI}))
         assert status == 400 and "Only 'application/json' is allowed" in error_of(body, 400, "Bad Request")
 
-    async def test_body_too_large(self, server):
-        data = b'{"messages": "' + b"x" * MAX_BODY_BYTES + b'"}'
-        status, body, _ = await server.post(CHAT, data=data, headers={"Content-Type": "application/json"})
-        assert status == 413 and str(MAX_BODY_BYTES) in error_of(body, 413, "RequestEntityTooLargeError")
+    async def test_body_too_large(self, start):
+        assert ServerConfig().max_body_size == 32 * 2**20
+        server = await start({"max_body_size": 5000})
+        headers = {"Content-Type": "application/json"}
+        bomb = zlib.compress(b" " * 10**6)
+        for data, more in ((b'{"messages": "' + b"x" * 5000 + b'"}', {}), (bomb, {"Content-Encoding": "deflate"})):
+            status, body, _ = await server.post(CHAT, data=data, headers={**headers, **more})
+            assert status == 413 and "5000" in error_of(body, 413, "RequestEntityTooLargeError")
+
+    async def test_encoded_bodies(self, server):
+        headers = {"Content-Type": "application/json"}
+        data = json.dumps({"messages": HI}).encode()
+        deflate = {**headers, "Content-Encoding": "deflate"}
+        assert (await server.post(CHAT, data=zlib.compress(data), headers=deflate))[0] == 200
+        status, body, _ = await server.post(CHAT, data=data, headers=deflate)
+        assert status == 400 and error_of(body, 400)
+        status, body, _ = await server.post(CHAT, data=data, headers={**headers, "Content-Encoding": "rot13"})
+        assert status == 415 and "gzip" in error_of(body, 415, "UnsupportedMediaTypeError")
 
     async def test_unknown_model(self, start):
         server = await start({"served_model_name": ["a", "b/c"]})
