@@ -11,6 +11,7 @@ import pytest
 
 import qjax
 import qjax.research
+from qjax.server.app import ROUTES
 from scripts.update_readme import README, option_tables, updated
 
 ROOT = README.parent
@@ -80,8 +81,7 @@ def test_curl_examples_are_json() -> None:
 
 
 def test_endpoints_are_those_of_the_server() -> None:
-    source = (ROOT / "server" / "app.py").read_text()
-    routes = {(method.upper(), path) for method, path in re.findall(r'web\.(get|post)\("([^"]+)"', source)}
+    routes = {(route.method, route.path) for route in ROUTES}
     table = "\n".join(line for line in TEXT.splitlines() if re.match(r"\| `(GET|POST) ", line))
     listed = set(re.findall(r"`(GET|POST) ([^`]+)`", table))
     listed = {(method, path.replace("{name}", "{model:.+}")) for method, path in listed}
