@@ -54,7 +54,7 @@ def parse[T](cls: type[T], body: Any, where: str = "") -> T:
     no_effect: dict[str, str] = getattr(cls, "NO_EFFECT", {})
     prefix = f"{where}." if where else ""
     values = {}
-    for name, value in body.items():
+    for name, value in sorted(body.items(), key=lambda item: item[0] != "type"):  # which says what else there is
         path = prefix + name
         if name in fields:
             if value is not None:
@@ -80,7 +80,7 @@ def describe(annotation: Any) -> str:
     if origin is Literal:
         return " or ".join(f'"{a}"' for a in args)
     if origin is list:
-        return "a list of " + _PLURALS.get(args[0], "objects" if get_origin(args[0]) is dict else "lists of integers")
+        return "a list of " + _PLURALS.get(args[0], "lists of integers" if get_origin(args[0]) is list else "objects")
     return "an object"
 
 
@@ -120,12 +120,14 @@ def _as_type(annotation: Any, value: Any, path: str) -> Any:
             raise _Mismatch
         if args[0] is int and all(type(v) is int for v in value):  # long lists of token ids
             return value
-        return [_as_type(args[0], v, path) for v in value]
+        return [_as_type(args[0], v, f"{path}[{i}]") for i, v in enumerate(value)]
     if origin is dict:
         if not isinstance(value, dict):
             raise _Mismatch
         return {_key(args[0], k): _as_type(args[1], v, path) for k, v in value.items()}
     if dataclasses.is_dataclass(annotation):
+        if not isinstance(value, dict):
+            raise _Mismatch
         return parse(annotation, value, path)  # type: ignore[arg-type]
     if annotation is float and type(value) in (int, float) and abs(value) < MAX_INT:
         return float(value)

@@ -55,7 +55,8 @@ async def stream(
             await response.prepare(request)
             await response.write(encode(first))
             await _send_rest(response, chunks, encode)
-            await response.write(end)
+            if end:
+                await response.write(end)
             await response.write_eof()
     return response
 
