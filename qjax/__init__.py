@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qjax.config import EngineConfig
     from qjax.llm import LLM
-    from qjax.outputs import CompletionOutput, RequestOutput
+    from qjax.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
+    from qjax.pooling_params import PoolingParams
     from qjax.sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
@@ -17,6 +18,8 @@ __all__ = [
     "LLM",
     "CompletionOutput",
     "EngineConfig",
+    "PoolingParams",
+    "PoolingRequestOutput",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -27,6 +30,8 @@ _MODULES = {
     "CompletionOutput": "qjax.outputs",
     "EngineConfig": "qjax.config",
     "LLM": "qjax.llm",
+    "PoolingParams": "qjax.pooling_params",
+    "PoolingRequestOutput": "qjax.outputs",
     "RequestOutput": "qjax.outputs",
     "SamplingParams": "qjax.sampling_params",
     "StructuredOutputsParams": "qjax.sampling_params",

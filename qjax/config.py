@@ -89,6 +89,9 @@ class EngineConfig:
     download_dir: str | None = option(
         None, "Where downloads are kept [the hub's cache]", group="Model", metavar="FOLDER"
     )
+    runner: Literal["auto", "generate", "pooling"] = option(
+        "auto", "generate: text; pooling: embeddings and scores; auto: what the checkpoint is for", group="Model"
+    )
     load_format: Literal["auto", "dummy"] = option(
         "auto", "auto: safetensors; dummy: random weights from config.json alone", group="Model"
     )

@@ -1,17 +1,26 @@
 """`LLM`: the engine as a Python library, for many prompts at once. Names are vLLM's."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 from tqdm import tqdm
 
 from qjax.config import BUILTIN_MODEL, EngineConfig
-from qjax.engine.engine import Engine
-from qjax.outputs import CompletionBuilder, RequestOutput
+from qjax.engine.pooling import PoolingEngine, make_engine
+from qjax.outputs import (
+    CompletionBuilder,
+    EmbeddingOutput,
+    PoolingRequestOutput,
+    RequestOutput,
+    ScoringOutput,
+)
+from qjax.pooling_params import PoolingParams
 from qjax.sampling_params import SamplingParams
 from qjax.text.answer_parser import AnswerParser
+from qjax.text.pooling import RerankPrompt, cosine, cut, embedding_ids, instructed, pairs
 from qjax.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -22,7 +31,7 @@ Messages = list[dict[str, Any]]
 
 
 class LLM:
-    """A loaded model that generates.
+    """A loaded model that generates, or embeds and scores (`runner`).
 
     Args:
       model: a local folder, a name on the Hugging Face hub, or the small Qwen3 that ships with qjax.
@@ -33,7 +42,7 @@ class LLM:
     """
 
     def __init__(self, model: str = BUILTIN_MODEL, **options: Any):
-        self.engine = Engine(EngineConfig(model=str(model), **options))
+        self.engine = make_engine(EngineConfig(model=str(model), **options))
         self._ids = itertools.count()
 
     def generate(
@@ -122,7 +131,7 @@ class LLM:
         outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         return [_with_messages(output, tools) for output in outputs] if parse else outputs
 
-    def score(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[list[float]]:
+    def prompt_logprobs(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[list[float]]:
         """Log-probability of each token of a text but the first, given those before it, by the engine's own step.
 
         Args:
@@ -138,6 +147,108 @@ class LLM:
             pairs = zip(output.prompt_token_ids[1:], rows[1:], strict=True)
             scored.append([row[token_id].logprob for token_id, row in pairs if row is not None])
         return scored
+
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling_params: PoolingParams | None = None,
+        truncate_prompt_tokens: int | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[EmbeddingOutput]]:
+        """Embeds texts with a model such as Qwen3-Embedding; the results have the prompts' order.
+
+        Write a query as `"Instruct: {task}\\nQuery:{query}"`, a document as it is.
+
+        Args:
+          prompts: as in `generate`. A text gets `<|endoftext|>` at its end, token ids are taken as they are.
+          pooling_params: `dimensions`, and whether the vectors are scaled to length 1.
+          truncate_prompt_tokens: keep this many tokens of each text; -1: what fits.
+
+        Raises:
+          ValueError: the model gives no embeddings, or a prompt cannot be served; nothing was started.
+        """
+        engine = self._pooling_engine("embed")
+        limit = engine.max_model_len if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+        requests = []
+        for prompt in _as_list(prompts):
+            encode = partial(embedding_ids, engine.tokenizer, limit=limit)
+            _, token_ids, cache_salt = self._parse(prompt, encode)
+            requests.append((cut(token_ids, limit, "right"), cache_salt))
+        return self._pool(requests, pooling_params or PoolingParams(), use_tqdm)
+
+    def score(
+        self,
+        data_1: str | list[str],
+        data_2: str | list[str],
+        *,
+        instruction: str | None = None,
+        chat_template: str | None = None,
+        truncate_prompt_tokens: int | None = None,
+        pooling_params: PoolingParams | None = None,
+        use_tqdm: bool = True,
+    ) -> list[PoolingRequestOutput[ScoringOutput]]:
+        """How well documents answer queries: a reranker's probability of "yes", or the cosine of two embeddings.
+
+        Args:
+          data_1: one query, or one for each document.
+          data_2: the documents; the results have their order.
+          instruction: the task, for the model to read; None: the model's own for a reranker, none for an embedder.
+          chat_template: a Jinja template that replaces the reranker's official prompt.
+          truncate_prompt_tokens: keep this many tokens of each prompt, by cutting the document's end; -1: what fits.
+
+        Raises:
+          ValueError: the model pools nothing, or a prompt cannot be served; nothing was started.
+        """
+        engine = self._pooling_engine(None)
+        queries = [data_1] if isinstance(data_1, str) else list(data_1)
+        documents = [data_2] if isinstance(data_2, str) else list(data_2)
+        matched = pairs(queries, documents)
+        limit = engine.max_model_len if truncate_prompt_tokens == -1 else truncate_prompt_tokens
+        params = pooling_params or PoolingParams()
+        if engine.pooling.kind == "embed":
+            if chat_template is not None:
+                raise ValueError("chat_template is a reranker's; an embedder reads the texts as they are.")
+            texts = [instructed(query, instruction) for query in queries] + documents
+            ids = [(embedding_ids(engine.tokenizer, text, limit=limit), None) for text in texts]
+            vectors = self._pool(ids, replace(params, use_activation=True), use_tqdm)
+            return [cosine(vectors[i], vectors[len(queries) + j]) for i, j in matched]
+        prompt = RerankPrompt(engine.tokenizer, instruction, chat_template, limit)
+        return self._pool([(prompt.token_ids(queries[i], documents[j]), None) for i, j in matched], params, use_tqdm)
+
+    def _pooling_engine(self, kind: str | None) -> PoolingEngine:
+        """Raises ValueError unless the model pools, and gives what is wanted."""
+        if not isinstance(self.engine, PoolingEngine):
+            raise ValueError('this model generates text; embeddings and scores need runner="pooling".')
+        if kind is not None and self.engine.pooling.kind != kind:
+            raise ValueError("this model is a reranker: it gives scores, no embeddings.")
+        return self.engine
+
+    def _pool(
+        self, requests: Sequence[tuple[list[int], str | None]], params: PoolingParams, use_tqdm: bool
+    ) -> list[PoolingRequestOutput[Any]]:
+        """Runs (token ids, cache salt) through the pooling engine, in order."""
+        engine = cast(PoolingEngine, self.engine)
+        ids = [str(next(self._ids)) for _ in requests]
+        for request_id, (token_ids, _) in zip(ids, requests, strict=True):
+            engine.check_pooling_request(request_id, token_ids, params)
+        for request_id, (token_ids, cache_salt) in zip(ids, requests, strict=True):
+            engine.add_pooling_request(request_id, token_ids, params, cache_salt=cache_salt)
+        done: dict[str, PoolingRequestOutput] = {}
+        with tqdm(total=len(ids), desc="Pooling", unit="request", disable=not use_tqdm) as bar:
+            try:
+                while engine.has_unfinished:
+                    for output in engine.step():
+                        done[output.request_id] = cast("PoolingRequestOutput", output)
+                        bar.update()
+            except BaseException:  # Ctrl-C in a notebook must not leave requests running in the engine
+                for request_id in ids:
+                    engine.abort(request_id)
+                raise
+        failed = next((i for i in ids if done[i].outputs is None), None)
+        if failed is not None:
+            raise RuntimeError(f"request {failed} could not be computed: its hidden state is not a number.")
+        return [done[request_id] for request_id in ids]
 
     def update_weights(self, params: Sequence["jax.Array"]) -> None:
         """Puts other weights into the running engine, such as `Trainer.params`: no reload, no copy through the host.
@@ -169,10 +280,13 @@ class LLM:
             raise ValueError(f"sampling_params must be one or one for each of the {count} prompts, got {len(given)}.")
         return given
 
-    def _parse(self, prompt: Prompt) -> tuple[str | None, list[int], str | None]:
+    def _parse(
+        self, prompt: Prompt, encode: Callable[[str], list[int]] | None = None
+    ) -> tuple[str | None, list[int], str | None]:
         """(text, token ids, cache salt) of a prompt."""
+        encode = encode or self.engine.tokenizer.encode
         if isinstance(prompt, str):
-            return prompt, self.engine.tokenizer.encode(prompt), None
+            return prompt, encode(prompt), None
         if isinstance(prompt, list):
             return None, prompt, None
         unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
@@ -183,7 +297,7 @@ class LLM:
             )
         token_ids = prompt.get("prompt_token_ids")
         if token_ids is None:
-            token_ids = self.engine.tokenizer.encode(prompt["prompt"])
+            token_ids = encode(prompt["prompt"])
         return prompt.get("prompt"), token_ids, prompt.get("cache_salt")
 
     def _run(self, request_ids: list[str], use_tqdm: bool) -> list[RequestOutput]:

@@ -1,11 +1,14 @@
-"""What generation returns: vLLM's `RequestOutput` and `CompletionOutput`. Plain Python, no arrays.
+"""What a request returns: vLLM's `RequestOutput` and `CompletionOutput` of text, `PoolingRequestOutput` of the rest.
 
 `LLM` returns whole answers. The engine's step and the streams made of it give deltas: `text`, `token_ids` and
 `logprobs` then hold only what is new, and `CompletionBuilder` puts them together.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -82,3 +85,33 @@ class RequestOutput:
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # None for the first prompt token
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     metrics: RequestMetrics | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class EmbeddingOutput:
+    """A text as a vector."""
+
+    vector: "np.ndarray"  # float32 [dimensions]
+
+    @property
+    def embedding(self) -> list[float]:
+        return self.vector.tolist()
+
+
+@dataclass(frozen=True)
+class ScoringOutput:
+    """How well a document answers a query: in [0, 1] from a reranker, the cosine in [-1, 1] from an embedder."""
+
+    score: float
+
+
+@dataclass(frozen=True)
+class PoolingRequestOutput[T: (EmbeddingOutput, ScoringOutput)]:
+    """A request that pools; `outputs` is there unless `finish_reason` is "abort" or "error"."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    outputs: T | None = None
+    num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
+    finish_reason: FinishReason | None = None
+    finished: bool = True

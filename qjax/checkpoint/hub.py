@@ -95,8 +95,9 @@ def _from_hugging_face(
     from huggingface_hub import errors
 
     call: dict[str, Any] = {"revision": revision, "token": token or None, "cache_dir": download_dir}
-    # A checkpoint's files lie at the top; folders hold the same weights for other programs.
-    call |= {"allow_patterns": patterns, "ignore_patterns": ["*/*"], "library_name": "qjax"}
+    # A checkpoint's files lie at the top; folders hold the same weights for other programs, but for the small ones of
+    # sentence-transformers (1_Pooling).
+    call |= {"allow_patterns": patterns, "ignore_patterns": ["[!1]*/*", "1[!_]*/*"], "library_name": "qjax"}
     if not progress:
         call["tqdm_class"] = _silent_tqdm()
     for attempt in range(1, MAX_ATTEMPTS + 1):

@@ -48,7 +48,7 @@ def load_params(
     """
     modeldef, leaves = abstract_model(config, dtype, mesh)
     rules = _rules(config, mesh, modeldef)
-    tensors = open_folder(folder)
+    tensors = _full_names(open_folder(folder))
     _check_tensors(tensors, rules, config, folder)
 
     total = sum(tensors[name].nbytes for rule in rules for name in rule.shapes)
@@ -144,6 +144,13 @@ def open_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     raise ValueError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.{hint}")
 
 
+def _full_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Qwen3-Embedding was saved without its output layer, and so without the prefix of all that is below it."""
+    if "embed_tokens.weight" not in tensors:
+        return tensors
+    return {f"model.{name}": tensor for name, tensor in tensors.items()}
+
+
 def _open_file(path: Path) -> dict[str, np.ndarray]:
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -195,6 +202,7 @@ def _check_tensors(
             raise ValueError(f"{folder}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(shape)}.")
     for name in tensors:
         unused = name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
+        unused |= name == "score.weight"  # a converted reranker's: see checkpoint/pooling
         if name not in expected and not unused:
             raise ValueError(f"{folder}: tensor {name} is none of {config.architecture}'s.")
 

@@ -5,16 +5,21 @@ called from one event loop.
 """
 
 import asyncio
+import contextlib
 import logging
 import queue
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from functools import partial
 from typing import Any
 
+from qjax.checkpoint.pooling import Pooling
 from qjax.config import EngineConfig
 from qjax.engine.engine import Engine
-from qjax.outputs import RequestOutput
+from qjax.engine.pooling import PoolingEngine, make_engine
+from qjax.outputs import PoolingRequestOutput, RequestOutput
+from qjax.pooling_params import PoolingParams
 from qjax.sampling_params import SamplingParams
 from qjax.text.tokenizer import Tokenizer
 
@@ -37,7 +42,7 @@ class AsyncEngine:
         self.error: BaseException | None = None
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._streams: dict[str, asyncio.Queue[RequestOutput | Exception]] = {}
+        self._streams: dict[str, asyncio.Queue[RequestOutput | PoolingRequestOutput | Exception]] = {}
         self._thread: threading.Thread | None = None
 
     # Start and stop
@@ -94,6 +99,15 @@ class AsyncEngine:
         return self.config.model
 
     @property
+    def pooling(self) -> Pooling | None:
+        """What is made of prompts; None: they are continued."""
+        return self.engine.pooling
+
+    @property
+    def hidden_size(self) -> int:
+        return self.engine.model_config.hidden_size
+
+    @property
     def default_sampling_params(self) -> dict[str, Any]:
         return self.engine.default_sampling_params
 
@@ -131,16 +145,53 @@ class AsyncEngine:
         if params.structured_outputs is not None:
             # A slow grammar keeps neither the loop nor the engine's thread from others; that finds it in the cache.
             await asyncio.to_thread(self.engine.grammars.compile, params.structured_outputs)
-        stream: asyncio.Queue[RequestOutput | Exception] = asyncio.Queue()
+        add = partial(
+            self.engine.add_request, request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt
+        )
+        async with contextlib.aclosing(self._outputs(request_id, add)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def encode(
+        self,
+        prompt_token_ids: list[int],
+        params: PoolingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> PoolingRequestOutput:
+        """The embedding or the score of a prompt. Cancelling it aborts the request.
+
+        Raises:
+          ValueError: the request cannot be served, or the engine generates text.
+          EngineDeadError: the engine has failed.
+        """
+        self._check_alive()
+        engine = self.engine
+        if not isinstance(engine, PoolingEngine):
+            raise ValueError(f"{self.config.model} generates text; embeddings and scores need --runner pooling.")
+        if request_id in self._streams:
+            raise ValueError(f"request_id {request_id!r} is in use by a running request.")
+        engine.check_pooling_request(request_id, prompt_token_ids, params)
+        add = partial(
+            engine.add_pooling_request, request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt
+        )
+        async with contextlib.aclosing(self._outputs(request_id, add)) as outputs:
+            return await anext(outputs)
+
+    async def _outputs(self, request_id: str, add: Callable[[], None]) -> AsyncGenerator[Any, None]:
+        """What a request gives, from `add` in the engine's thread to its end; closed early, it is aborted."""
+        stream: asyncio.Queue[RequestOutput | PoolingRequestOutput | Exception] = asyncio.Queue()
         self._streams[request_id] = stream
 
-        def add() -> None:
+        def add_or_refuse() -> None:
             try:
-                self.engine.add_request(request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt)
+                add()
             except ValueError as error:
                 self._loop.call_soon_threadsafe(stream.put_nowait, error)
 
-        self._inbox.put(add)
+        self._inbox.put(add_or_refuse)
         finished = False
         try:
             while not finished:
@@ -174,7 +225,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         try:
-            self._engine = Engine(self.config, progress=sys.stderr.isatty(), on_phase=self._set_phase)
+            self._engine = make_engine(self.config, progress=sys.stderr.isatty(), on_phase=self._set_phase)
             self._set_phase("ready")
             self._loop.call_soon_threadsafe(self._ready.set_result, None)
             while self._take_inbox():

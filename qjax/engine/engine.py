@@ -6,13 +6,13 @@ Not thread-safe: one thread adds, aborts and steps. `AsyncEngine` and `LLM` are 
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import jax
 
 from qjax.config import EngineConfig
+from qjax.engine.answers import Answer, Group
 from qjax.engine.block_pool import BlockPool
-from qjax.engine.loading import load
+from qjax.engine.loading import Loaded, load
 from qjax.engine.logit_edits import bad_words_token_ids, needs_text
 from qjax.engine.metrics import Metrics
 from qjax.engine.request import Request
@@ -27,53 +27,38 @@ from qjax.text.detokenizer import Detokenizer
 from qjax.text.grammar import GrammarCompiler
 
 
-@dataclass(eq=False)
-class _Answer:
-    """One of a request's `n` answers on its way: its sequence and what is not emitted yet."""
-
-    request: Request
-    index: int
-    detokenizer: Detokenizer | None
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    is_reported: bool = False  # its end has been emitted
-
-
-@dataclass(eq=False)
-class _Group:
-    """A user's request: its `n` answers."""
-
-    request_id: str
-    prompt: str | None
-    answers: list[_Answer]
-    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-
-
 class Engine:
-    """Loads a model and generates.
+    """Loads a model and generates. `engine.pooling.make_engine` makes the kind of engine that a checkpoint is for.
 
     Args:
       config: see `EngineConfig`.
       progress: show progress bars while downloading, loading and compiling.
       on_phase: told what start-up is doing ("loading the weights", …).
+      loaded: what `load` gave for this config, where that was called already.
 
     Raises:
       ValueError: a wrong option or checkpoint.
     """
 
     def __init__(
-        self, config: EngineConfig, *, progress: bool = True, on_phase: Callable[[str], None] = lambda phase: None
+        self,
+        config: EngineConfig,
+        *,
+        progress: bool = True,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        loaded: Loaded | None = None,
     ):
         self.config = config
-        loaded = load(config, progress=progress, on_phase=on_phase)
+        loaded = loaded or load(config, progress=progress, on_phase=on_phase)
+        self.pooling = loaded.pooling
         self.model_config = loaded.model_config
         self.tokenizer = loaded.tokenizer
         self.plan = loaded.plan
         self.default_sampling_params = loaded.generation_defaults
         self.eos_token_ids = loaded.eos_token_ids
-        self.runner = Runner(loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
+        self.runner = Runner(
+            loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan, pooling=bool(loaded.pooling)
+        )
         self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -87,15 +72,17 @@ class Engine:
         )
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
         self.metrics = Metrics(config.model, self.plan.max_model_len)
-        self._groups: dict[str, _Group] = {}
-        self._answers: dict[str, tuple[_Group, _Answer]] = {}  # by the sequence's own id
+        self._groups: dict[str, Group] = {}
+        self._answers: dict[str, tuple[Group, Answer]] = {}  # by the sequence's own id
         self._flight: InFlight | None = None
         self._seeds = random.Random(config.seed)
         if self.plan.is_gpu and not config.enforce_eager:
             on_phase("compiling")
-            defaults = SamplingParams.from_defaults(self.default_sampling_params)
-            usual = StepOptions(sampling=not defaults.is_greedy, filtering=is_filtered(defaults))
-            self.runner.compile_ahead([usual], progress=progress)
+            self.runner.compile_ahead([self._usual_options()], progress=progress)
+
+    def _usual_options(self) -> StepOptions:
+        defaults = SamplingParams.from_defaults(self.default_sampling_params)
+        return StepOptions(sampling=not defaults.is_greedy, filtering=is_filtered(defaults))
 
     @property
     def max_model_len(self) -> int:
@@ -144,7 +131,7 @@ class Engine:
         if params.structured_outputs is not None:
             self.grammars.compile(params.structured_outputs)  # before anything is queued: it may be refused
         bad_words = bad_words_token_ids(params.bad_words or [], self.tokenizer.encode)
-        group = _Group(request_id, prompt, [])
+        group = Group(request_id, prompt, [])
         for index in range(params.n):
             request = Request(
                 request_id=request_id if params.n == 1 else f"{request_id}#{index}",
@@ -161,7 +148,7 @@ class Engine:
                 cache_salt=cache_salt,
             )
             detokenizer = Detokenizer(self.tokenizer, params) if params.detokenize else None
-            answer = _Answer(request, index, detokenizer)
+            answer = Answer(request, index, detokenizer)
             self.scheduler.add(request)
             group.answers.append(answer)
             self._answers[request.request_id] = (group, answer)
@@ -221,7 +208,7 @@ class Engine:
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it. Returns what is new, as deltas."""
-        touched: dict[_Group, None] = {}
+        touched: dict[Group, None] = {}
         if any(needs_text(request) for request in self.scheduler.running):
             touched |= self._update()  # the next step's bans depend on the token in flight
         batch = self.scheduler.schedule()
@@ -239,13 +226,13 @@ class Engine:
             self.scheduler.check_integrity()
         return [output for group in touched if (output := self._emit(group)) is not None]
 
-    def _update(self) -> dict[_Group, None]:
+    def _update(self) -> dict[Group, None]:
         """Reads the step in flight, if there is one. Returns the groups that have something new, in order."""
         flight, self._flight = self._flight, None
         if flight is None:
             return {}
         result = self.runner.collect(flight)
-        touched: dict[_Group, None] = {}
+        touched: dict[Group, None] = {}
         for i, rows in result.prompt_logprobs.items():
             self._add_prompt_logprobs(flight.batch.prefills[i], rows)
         sampled = {}
@@ -266,7 +253,7 @@ class Engine:
             touched[group] = None
         return touched
 
-    def _append(self, answer: _Answer, token_id: int, logprobs: Logprobs | None) -> None:
+    def _append(self, answer: Answer, token_id: int, logprobs: Logprobs | None) -> None:
         """Adds a token to an answer's delta, and ends the answer where a stop string completes."""
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
@@ -289,7 +276,7 @@ class Engine:
             # Also where the same token was the last by max_tokens: the text ends by the stop string.
             request.finish_reason, request.stop_reason = "stop", answer.detokenizer.stop_match
 
-    def _flush(self, answer: _Answer) -> None:
+    def _flush(self, answer: Answer) -> None:
         """The answer has ended."""
         self.metrics.on_end(answer.request)
         if answer.detokenizer is not None:
@@ -320,7 +307,7 @@ class Engine:
 
     # Deltas out
 
-    def _emit(self, group: _Group) -> RequestOutput | None:
+    def _emit(self, group: Group) -> RequestOutput | None:
         """What is new in a request since the last call; forgets the request once all has been said."""
         outputs = []
         for answer in group.answers:

@@ -10,9 +10,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from qjax.checkpoint import hub
-from qjax.checkpoint.safetensors import dummy_params, load_params
+from qjax.checkpoint.pooling import Pooling, find_pooling, score_weight
+from qjax.checkpoint.safetensors import dummy_params, load_params, open_folder
 from qjax.config import EngineConfig
 from qjax.engine.memory import Device, Plan, plan
 from qjax.models.config import ModelConfig, apply_overrides
@@ -36,6 +38,8 @@ class Loaded:
     mesh: jax.sharding.Mesh
     modeldef: ModelDef
     leaves: tuple[jax.Array, ...]
+    pooling: Pooling | None = None  # None: it generates
+    score_weight: np.ndarray | None = None  # float32 [D] of a converted reranker
 
 
 def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None]) -> Loaded:
@@ -48,7 +52,8 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     where: dict[str, Any] = {"token": config.hf_token, "download_dir": config.download_dir, "progress": progress}
     folder = hub.resolve(config.model, revision=config.revision, need_weights=False, **where)
     hf_config = apply_overrides(_read_json(folder / "config.json"), config.hf_overrides, config.rope_scaling)
-    model_config = ModelConfig.from_hf(hf_config)
+    pooling = find_pooling(config, folder, hf_config)
+    model_config = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
     tokenizer_folder = folder
     if config.tokenizer is not None:
         tokenizer_folder = hub.resolve(config.tokenizer, need_config=False, need_weights=False, **where)
@@ -64,12 +69,20 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     on_phase("downloading and loading the weights")
     dtype = jnp.dtype(sizes.dtype)
     modeldef, abstract = abstract_model(model_config, dtype, mesh)
+    weight = None
+    has_weight = pooling is not None and pooling.kind == "score" and pooling.tokens is None
     if config.load_format == "dummy":
         leaves = dummy_params(abstract, modeldef, seed=config.seed)
+        if has_weight:
+            weight = np.random.default_rng(config.seed).standard_normal(model_config.hidden_size, np.float32)
     else:
         folder = hub.resolve(config.model, revision=config.revision, **where)
+        if has_weight:
+            weight = score_weight(open_folder(folder), model_config.hidden_size)
         leaves = load_params(folder, model_config, mesh, dtype, progress=progress)
-    return Loaded(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves)
+    return Loaded(
+        folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight
+    )
 
 
 def start_devices(config: EngineConfig) -> list[jax.Device]:

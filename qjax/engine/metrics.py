@@ -79,16 +79,20 @@ class Metrics:
         self._generation_tokens.inc()
         last = self._last_token_times.get(request)
         if last is None:
-            num_prompt = len(request.prompt_token_ids)
-            self._prompt_tokens.inc(num_prompt)
-            self._cache_queries.inc(num_prompt)
-            self._cache_hits.inc(request.num_cached_tokens)
+            self.on_prompt(request)
             self._ttft.observe(now - request.arrival_time)
-            if request.first_scheduled_time is not None:
-                self._queue.observe(request.first_scheduled_time - request.arrival_time)
         else:
             self._itl.observe(now - last)
         self._last_token_times[request] = now
+
+    def on_prompt(self, request: Request) -> None:
+        """A request's prompt has been computed."""
+        num_prompt = len(request.prompt_token_ids)
+        self._prompt_tokens.inc(num_prompt)
+        self._cache_queries.inc(num_prompt)
+        self._cache_hits.inc(request.num_cached_tokens)
+        if request.first_scheduled_time is not None:
+            self._queue.observe(request.first_scheduled_time - request.arrival_time)
 
     def on_end(self, request: Request) -> None:
         """A request has ended, for whatever reason."""

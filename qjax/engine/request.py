@@ -32,6 +32,7 @@ class Request:
     priority: int = 0  # lower runs earlier
     cache_salt: str | None = None
     seed: int = 0
+    is_pooling: bool = False  # ends with its prompt; the one token it gets stands for nothing
     constraint: Constraint | None = None  # what the next token may be, by grammar and thinking budget
     bad_words_token_ids: list[list[int]] = field(default_factory=list)  # token sequences that are never completed
 

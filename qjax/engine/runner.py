@@ -53,6 +53,7 @@ class StepResult:
     token_ids: list[int]
     logprobs: list[Logprobs] | None
     prompt_logprobs: dict[int, list[Logprobs]]  # index in batch.prefills -> one entry a token of the chunk
+    hidden: np.ndarray | None = None  # float32 [n, D] of a runner that pools; its token ids are 0, or -1 for NaN
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Runner:
     mesh: jax.sharding.Mesh
     model_config: ModelConfig
     plan: Plan
+    pooling: bool = False
     kv: jax.Array = field(init=False)
     compiles: CompileStats = field(default_factory=CompileStats)
 
@@ -193,6 +195,8 @@ class Runner:
         self.counts = write_counts(self.counts, np.int32(slot), prompt, output)
 
     def _options(self, batch: ScheduledBatch) -> StepOptions:
+        if self.pooling:
+            return StepOptions(pooling=True)
         requests = [chunk.request for chunk in batch.sampling]
         longest = max((len(edits_of(r)[0]) for r in requests if has_edits(r)), default=0)
         logprobs = [r.params.logprobs for r in requests if r.params.logprobs is not None]
@@ -297,6 +301,9 @@ class Runner:
     def collect(self, flight: InFlight) -> StepResult:
         """Waits for a step and reads what it sampled."""
         out = np.asarray(flight.out)[flight.rows]
+        if self.pooling:
+            hidden = out.view(np.float32)
+            return StepResult(np.where(np.isfinite(hidden).all(1), 0, -1).tolist(), None, {}, hidden)
         prompt_logprobs = {}
         if flight.prompt_out is not None:
             prompt_out = np.asarray(flight.prompt_out)
@@ -322,7 +329,8 @@ class Runner:
     def compile_ahead(self, options: list[StepOptions], *, progress: bool) -> None:
         """Compiles the buckets that the first requests need, several at a time. Tracing holds Python's lock; the
         compiler does not."""
-        keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
+        ahead = self.buckets.ahead()
+        keys = [(b, option) for option in options for b in ahead if not (option.pooling and b.num_decodes)]
         started = time.perf_counter()
         bar = tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress)
         with ThreadPoolExecutor(max_workers=16) as pool, bar:

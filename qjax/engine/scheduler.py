@@ -141,15 +141,16 @@ class Scheduler:
             raise ValueError("the prompt is empty: it must have at least one token.")
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {request.max_tokens}.")
-        if num_prompt + 1 > self.config.max_model_len:
+        num_needed = num_prompt if request.is_pooling else num_prompt + 1
+        if num_needed > self.config.max_model_len:
             raise ValueError(
                 f"the prompt has {num_prompt} tokens and the answer needs at least 1, more than "
                 f"max_model_len={self.config.max_model_len}: shorten the prompt or raise max_model_len."
             )
-        if num_prompt + 1 > self.max_model_len:
+        if num_needed > self.max_model_len:
             raise ValueError(
                 f"the prompt has {num_prompt} tokens and the answer needs at least 1, which is "
-                f"{self._num_pages(num_prompt + 1)} pages of {self.pool.page_size} tokens, but the KV cache has "
+                f"{self._num_pages(num_needed)} pages of {self.pool.page_size} tokens, but the KV cache has "
                 f"{self.pool.num_usable}: shorten the prompt, or raise kv_cache_memory_bytes or gpu_memory_utilization."
             )
         request.arrival_order = self._num_added

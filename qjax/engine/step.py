@@ -40,6 +40,7 @@ class StepOptions:
     masked: bool = False  # some row obeys a grammar
     num_logprobs: int | None = None  # likeliest tokens returned a row; None: no logprobs at all
     num_prompt_logprobs: int | None = None
+    pooling: bool = False  # the step gives hidden states; nothing is sampled
 
 
 @jax.tree_util.register_dataclass
@@ -127,7 +128,8 @@ def step(
     Returns:
       (kv, state, counts, out, prompt_out). `out` is int32 [R, 1] with the sampled tokens (-1: the row's logits are
       not numbers), and with logprobs [R, 3 + 2 N]: token, logprob (float bits), rank, N ids, N logprobs (float bits).
-      `prompt_out` is None or int32 [Tp, 3 + 2 N] of the same form for the prompt's own next tokens.
+      `prompt_out` is None or int32 [Tp, 3 + 2 N] of the same form for the prompt's own next tokens. With pooling `out`
+      is int32 [R, D]: the hidden states after the last norm (float32 bits).
     """
     model = merge(modeldef, leaves)
     meta = Layout(bucket, options, page_size, model.config.vocab_size).unpack(packed)
@@ -137,6 +139,9 @@ def step(
     page_table = state.page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
     batch, sample_rows, lengths = _batch(meta, bucket, page_size, page_table, state.last_tokens)
     hidden, kv = model(batch, kv)
+    if options.pooling:
+        out = jax.lax.bitcast_convert_type(hidden[sample_rows].astype(jnp.float32), jnp.int32)
+        return kv, DeviceState(state.last_tokens, page_table), counts, out, None
 
     logits = model.logits(hidden[sample_rows])  # float32 [R, V]
     raw = logits

@@ -28,6 +28,8 @@ HF_FIELDS = {
     "torch_dtype",
     "eos_token_id",
     "bos_token_id",
+    "classifier_from_token",  # this and the next are read by checkpoint/pooling
+    "is_original_qwen3_reranker",
 }
 # Kinds of rotary embedding in models/rope.py: needed keys, then those that may be there.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {

@@ -1,6 +1,6 @@
 """Log-probabilities and hidden states of given texts, by training's own forward pass; and how far the engine's differ.
 
-`LLM.score` asks the engine's step for the same numbers: `consistency` is the distance between the two.
+`LLM.prompt_logprobs` asks the engine's step for the same numbers: `consistency` is the distance between the two.
 """
 
 from collections.abc import Sequence

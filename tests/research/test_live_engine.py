@@ -33,7 +33,7 @@ def test_the_engine_samples_from_new_weights_and_training_agrees(llm, trainer):
     """One run through all of it: the same random weights, training, new weights, and the same numbers from both."""
     old = tokens(llm)
     before = score_texts(trainer, PROMPTS)
-    for scores, engine in zip(before, llm.score(PROMPTS, use_tqdm=False), strict=True):
+    for scores, engine in zip(before, llm.prompt_logprobs(PROMPTS, use_tqdm=False), strict=True):
         np.testing.assert_allclose(scores.logprobs, engine, rtol=0, atol=FLOAT32_MAX)
 
     trainer.train()
