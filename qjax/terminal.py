@@ -293,7 +293,7 @@ def _params(engine: "Engine", sampling: dict[str, Any]) -> SamplingParams:
 def _engine(config: EngineConfig) -> "Engine":
     from qjax.engine.pooling import make_engine
 
-    return Engine(config, progress=sys.stderr.isatty())
+    return make_engine(config, progress=sys.stderr.isatty())
 
 
 class _Stop:
