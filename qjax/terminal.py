@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from qjax.config import EngineConfig
 from qjax.sampling_params import SamplingParams
+from qjax.text.answer_parser import AnswerParser
+from qjax.text.parsed import Content, Event, ParsedAnswer, Reasoning
 
 if TYPE_CHECKING:
     from qjax.engine.engine import Engine
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-THINK, END_THINK = "<think>", "</think>"
 CHAT_HELP = """\
 /clear      forget the conversation
 /exit       leave (Ctrl-D too)
@@ -110,18 +111,14 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
         need_weights=False,
         progress=sys.stderr.isatty(),
     )
-    hf_config = apply_overrides(read_json(folder / "config.json"), config.hf_overrides, config.rope_scaling)
-    from qjax.checkpoint.pooling import find_pooling  # imports numpy
-
-    pooling = find_pooling(config, folder, hf_config)
-    model = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
+    hf_config = read_json(folder / "config.json")
+    model = ModelConfig.from_hf(apply_overrides(hf_config, config.hf_overrides, config.rope_scaling))
     embeddings = "shared with the output" if model.tie_word_embeddings else "output separate"
     rope = f", {model.rope_scaling['rope_type']} × {model.rope_scaling['factor']}" if model.rope_scaling else ""
     rows = {
         "folder": folder,
         "architecture": model.architecture,
         "parameters": f"{_count(model.num_params)} ({model.dtype})",
-        "made for": "text" if pooling is None else {"embed": "embeddings", "score": "scores"}[pooling.kind],
         "layers": f"{model.num_hidden_layers}, hidden size {model.hidden_size}, feed-forward {model.intermediate_size}",
         "attention": f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
         "vocabulary": f"{model.vocab_size} ({embeddings})",
@@ -174,7 +171,7 @@ class Conversation:
         self.clear()
 
     def clear(self) -> None:
-        self.messages: list[dict[str, str]] = list(self._system)
+        self.messages: list[dict[str, Any]] = list(self._system)
 
     def prompt(self, message: str) -> str:
         """The template's text of the conversation with a new message."""
@@ -186,28 +183,34 @@ class Conversation:
     def ask(self, message: str, out: TextIO, is_styled: bool) -> None:
         """Prints the answer as it comes, and remembers both.
 
-        An answer that was stopped is remembered as far as it came, but not where it was still thinking (an open think
-        block would spoil the prompts after it) or had not begun.
+        An answer that was stopped is remembered as far as it came, but not where it was still thinking or had not
+        begun.
 
         Raises:
           ValueError: the conversation is too long, or the template refuses it; nothing is remembered.
         """
         prompt = self.prompt(message)
         token_ids = self._engine.tokenizer.encode(prompt)
-        opened = THINK + "\n" if prompt.rstrip().endswith(THINK) else ""  # Thinking-2507's template begins the block
-        writer = ThinkingWriter(out, is_styled)
-        writer.write(opened)
-        answer, count, started = opened, 0, None
+        parser, writer = AnswerParser(prompt), AnswerWriter(out, is_styled)
+        events: list[Event] = []
+
+        def show(new: list[Event]) -> None:
+            events.extend(new)
+            writer.write(new)
+
+        count, started = 0, None
         with _stop_on_interrupt() as stop:
             for text, num_tokens in _stream(self._engine, f"chat-{next(self._ids)}", token_ids, self._params, stop):
                 started = started or time.monotonic()
-                answer, count = answer + text, count + num_tokens
-                writer.write(text)
+                count += num_tokens
+                show(parser.feed(text))
+        show(parser.finish())
         if is_styled and stop.is_set and count == 0:
             out.write("\n")  # after the terminal's own ^C
         writer.close()
-        if count > 0 and (THINK not in answer or END_THINK in answer):
-            self.messages += [{"role": "user", "content": message}, {"role": "assistant", "content": answer}]
+        answer = ParsedAnswer.of(events)
+        if answer.content:
+            self.messages += [{"role": "user", "content": message}, answer.message()]
         if is_styled:
             seconds = time.monotonic() - (started or 0)
             speed = f", {(count - 1) / seconds:.1f} tokens/s" if count > 1 and seconds > 0 else ""
@@ -217,42 +220,25 @@ class Conversation:
             out.flush()
 
 
-class ThinkingWriter:
-    """Prints a stream of text with its think block dim and without the tags; unstyled, as it is.
-
-    A tag may come in pieces, so text that may be the beginning of one is held back.
-    """
+class AnswerWriter:
+    """Prints an answer as it comes: its reasoning dim; unstyled, between the tags that the template writes."""
 
     def __init__(self, out: TextIO, is_styled: bool) -> None:
         self._out, self._is_styled = out, is_styled
-        self._held = ""
         self._is_thinking = False
-        self._skips_blank = False  # the template puts empty lines around the tags
         self._ends_in_newline = True
 
-    def write(self, text: str) -> None:
-        if not self._is_styled:
-            self._print(text)
-            return
-        self._held += text
-        while True:
-            tag = END_THINK if self._is_thinking else THINK
-            before, found, after = self._held.partition(tag)
-            if not found:
-                keep = next((n for n in range(len(tag) - 1, 0, -1) if self._held.endswith(tag[:n])), 0)
-                shown = len(self._held) - keep
-                if self._is_thinking:  # empty lines before the closing tag are not shown
-                    shown = len(self._held[:shown].rstrip())
-                self._print(self._held[:shown])
-                self._held = self._held[shown:]
-                return
-            self._print(before.rstrip() if self._is_thinking else before)
-            self._switch()
-            self._held = after
+    def write(self, events: list[Event]) -> None:
+        for event in events:
+            if isinstance(event, Reasoning | Content):
+                if isinstance(event, Reasoning) != self._is_thinking:
+                    self._switch()
+                self._out.write(event.text)
+                self._ends_in_newline = event.text.endswith("\n")
+        self._out.flush()
 
     def close(self) -> None:
-        """Prints what is held back, and ends the line."""
-        self._print(self._held)
+        """Ends the line."""
         if self._is_styled and self._is_thinking:
             self._out.write(PLAIN)
         if not self._ends_in_newline:
@@ -262,20 +248,9 @@ class ThinkingWriter:
     def _switch(self) -> None:
         self._is_thinking = not self._is_thinking
         if self._is_thinking:
-            self._out.write(DIM)
+            self._out.write(DIM if self._is_styled else "<think>\n")
         else:
-            self._out.write(PLAIN + ("" if self._ends_in_newline else "\n\n"))
-            self._ends_in_newline = True
-        self._skips_blank = True
-
-    def _print(self, text: str) -> None:
-        if self._skips_blank:
-            text = text.lstrip()
-            self._skips_blank = not text
-        if text:
-            self._out.write(text)
-            self._out.flush()
-            self._ends_in_newline = text.endswith("\n")
+            self._out.write((PLAIN if self._is_styled else "\n</think>") + "\n\n")
 
 
 # The engine
@@ -291,9 +266,9 @@ def _params(engine: "Engine", sampling: dict[str, Any]) -> SamplingParams:
 
 
 def _engine(config: EngineConfig) -> "Engine":
-    from qjax.engine.pooling import make_engine
+    from qjax.engine.engine import Engine
 
-    return make_engine(config, progress=sys.stderr.isatty())
+    return Engine(config, progress=sys.stderr.isatty())
 
 
 class _Stop:

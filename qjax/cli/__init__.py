@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qjax.cli import commands, tools
+from qjax.cli import bench, commands, tools
 from qjax.cli.options import Parser, refuse_unknown, with_dashes
 
 EXAMPLE = "Qwen/Qwen3-0.6B"
@@ -23,6 +23,7 @@ EXAMPLES = {
     f"info {EXAMPLE}": "size and memory plan, without loading",
     "train run.toml": "fine-tune a model on chats",
     "run-batch -i IN.jsonl -o OUT.jsonl": "answer a file of requests",
+    "bench serve": "measure a server; also: throughput, latency",
 }
 SCREEN = f"""\
 qjax: an inference engine for the Qwen3 models, in JAX
@@ -38,6 +39,7 @@ COMMANDS = {
     "info": commands.add_info,
     "train": commands.add_train,
     "run-batch": tools.add_run_batch,
+    "bench": bench.add_bench,
 }
 
 
