@@ -111,13 +111,17 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
         need_weights=False,
         progress=sys.stderr.isatty(),
     )
-    hf_config = read_json(folder / "config.json")
-    model = ModelConfig.from_hf(apply_overrides(hf_config, config.hf_overrides, config.rope_scaling))
+    hf_config = apply_overrides(read_json(folder / "config.json"), config.hf_overrides, config.rope_scaling)
+    from qjax.checkpoint.pooling import find_pooling  # imports numpy
+
+    pooling = find_pooling(config, folder, hf_config)
+    model = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
     embeddings = "shared with the output" if model.tie_word_embeddings else "output separate"
     rope = f", {model.rope_scaling['rope_type']} × {model.rope_scaling['factor']}" if model.rope_scaling else ""
     rows = {
         "folder": folder,
         "architecture": model.architecture,
+        "made for": "text" if pooling is None else {"embed": "embeddings", "score": "scores"}[pooling.kind],
         "parameters": f"{_count(model.num_params)} ({model.dtype})",
         "layers": f"{model.num_hidden_layers}, hidden size {model.hidden_size}, feed-forward {model.intermediate_size}",
         "attention": f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
@@ -266,9 +270,9 @@ def _params(engine: "Engine", sampling: dict[str, Any]) -> SamplingParams:
 
 
 def _engine(config: EngineConfig) -> "Engine":
-    from qjax.engine.engine import Engine
+    from qjax.engine.pooling import make_engine
 
-    return Engine(config, progress=sys.stderr.isatty())
+    return make_engine(config, progress=sys.stderr.isatty())
 
 
 class _Stop:
