@@ -201,6 +201,7 @@ class ServerConfig:
     enable_auto_tool_choice: bool = option(
         True, "Read tool calls wherever a request has tools; off: calls are content", group="Server"
     )
+    enable_chat_page: bool = option(True, "Serve a page to chat in at /", group="Server")
     shutdown_timeout: float = option(
         30.0, "Seconds that running requests get after SIGTERM", group="Server", metavar="SECONDS"
     )

@@ -11,6 +11,7 @@ from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.cors import install_cors
 from qjax.server.errors import ApiError, Handler, error_middleware
+from qjax.server.page import PAGE_ROUTES
 from qjax.server.protocol import ChatRequest, CompletionRequest
 from qjax.server.request_id import add_request_id
 from qjax.server.routes import Route, add_routes
@@ -39,15 +40,16 @@ ROUTES = [
 
 def make_app(state: ServerState) -> web.Application:
     config = state.config
+    routes = ROUTES + PAGE_ROUTES if config.enable_chat_page else ROUTES
     prefixes = {"", config.root_path}  # a proxy may have cut its prefix off, or not
-    open_paths = {prefix + route.path for prefix in prefixes for route in ROUTES if route.is_open}
+    open_paths = {prefix + route.path for prefix in prefixes for route in routes if route.is_open}
     app = web.Application(middlewares=[error_middleware], client_max_size=config.max_body_size)
     app[STATE] = state
     app.on_response_prepare.append(add_request_id)
     install_cors(app, config)
     app.middlewares.append(key_middleware(api_keys(config), open_paths))
     for prefix in prefixes:
-        add_routes(app, ROUTES, prefix)
+        add_routes(app, routes, prefix)
     return app
 
 
