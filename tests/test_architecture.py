@@ -36,10 +36,11 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "qjax.server": ("qjax", "qjax.engine", "qjax.text", *OPTIONS),  # of the engine only what SERVER_MAY_USE says
     "qjax.terminal": ("qjax.engine", "qjax.checkpoint", "qjax.models.config", "qjax.text", *OPTIONS),
+    "qjax.collect_env": (),
     "qjax.bench": ("qjax.llm", "qjax.checkpoint", "qjax.text", *OPTIONS),
     "qjax.cli": (
         *("qjax", "qjax.terminal", "qjax.server", "qjax.llm", "qjax.research", "qjax.bench", "qjax.checkpoint"),
-        *OPTIONS,
+        *("qjax.collect_env", *OPTIONS),
     ),
     "qjax.__main__": ("qjax.cli",),
     "qjax": ("qjax.llm", *OPTIONS),  # the package itself: names for users, loaded lazily
@@ -60,6 +61,7 @@ WITHOUT_JAX = (
     "qjax.engine.scheduler",
     "qjax.research",
     "qjax.research.config",
+    "qjax.collect_env",
     "qjax.bench.config",
     "qjax.bench.serve",
 )

@@ -24,6 +24,7 @@ EXAMPLES = {
     "train run.toml": "fine-tune a model on chats",
     "run-batch -i IN.jsonl -o OUT.jsonl": "answer a file of requests",
     "bench serve": "measure a server; also: throughput, latency",
+    "collect-env": "versions and devices, for a bug report",
 }
 SCREEN = f"""\
 qjax: an inference engine for the Qwen3 models, in JAX
@@ -40,6 +41,7 @@ COMMANDS = {
     "train": commands.add_train,
     "run-batch": tools.add_run_batch,
     "bench": bench.add_bench,
+    "collect-env": tools.add_collect_env,
 }
 
 

@@ -35,3 +35,15 @@ def _run_batch(args: argparse.Namespace) -> int:
     names = ("input_file", "output_file", "max_inflight")
     options = batch.BatchOptions(**{name: getattr(args, name) for name in names if name in args})
     return batch.run(config, server_config, options)
+
+
+def add_collect_env(commands: Any) -> None:
+    description = "Prints versions, devices and settings, to paste into a bug report. Keys and tokens are not shown."
+    collect = commands.add_parser("collect-env", description=description)
+    collect.set_defaults(run=_collect_env, parser=collect)
+
+
+def _collect_env(args: argparse.Namespace) -> None:
+    from qjax import collect_env
+
+    print(collect_env.report())
