@@ -7,9 +7,12 @@ GREEDY_EPS = 1e-5  # a temperature below this is greedy
 MIN_TEMPERATURE = 1e-2  # lower temperatures overflow: raised to this, as in vLLM
 
 
+STRUCTURES = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
 @dataclass(frozen=True)
 class StructuredOutputsParams:
-    """What an answer must obey. Exactly one of the first five is set.
+    """What an answer must obey. Exactly one of the first six is set.
 
     Args:
       json: JSON schema, as an object or as text.
@@ -17,6 +20,10 @@ class StructuredOutputsParams:
       choice: the answer is one of these texts.
       grammar: context-free grammar, Lark or GBNF.
       json_object: any JSON object.
+      structural_tag: text and formats put together, as an object or as JSON text: see `qjax.text.structural_tag`.
+      disable_any_whitespace: JSON has no white space outside of strings.
+      whitespace_pattern: regular expression of the white space at each place where JSON has some; None: up to 8
+        characters.
       after_thinking: a think block may stand before it, and is free; `LLM.chat` and the chat endpoint set it.
 
     Raises:
@@ -28,23 +35,64 @@ class StructuredOutputsParams:
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool = False
+    structural_tag: dict[str, Any] | str | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
     after_thinking: bool = False
 
     def __post_init__(self) -> None:
-        kinds = ("json", "regex", "choice", "grammar", "json_object")
-        given = [kind for kind in kinds if getattr(self, kind) not in (None, False)]
+        given = [kind for kind in STRUCTURES if getattr(self, kind) not in (None, False)]
         if len(given) != 1:
-            raise ValueError(f"structured_outputs needs exactly one of {', '.join(kinds)}, got {given or 'none'}.")
+            raise ValueError(f"structured_outputs needs exactly one of {', '.join(STRUCTURES)}, got {given or 'none'}.")
         if not isinstance(self.json, dict | str | None):
             raise ValueError(f"structured_outputs.json must be a JSON schema (an object), got {self.json!r}.")
-        if not isinstance(self.json_object, bool):
-            raise ValueError(f"structured_outputs.json_object must be true or false, got {self.json_object!r}.")
-        for kind in ("regex", "grammar"):
+        if not isinstance(self.structural_tag, dict | str | None):
+            raise ValueError(f"structured_outputs.structural_tag must be an object, got {self.structural_tag!r}.")
+        for kind in ("json_object", "disable_any_whitespace"):
+            if not isinstance(getattr(self, kind), bool):
+                raise ValueError(f"structured_outputs.{kind} must be true or false, got {getattr(self, kind)!r}.")
+        for kind in ("regex", "grammar", "whitespace_pattern"):
             if not isinstance(getattr(self, kind), str | None):
                 raise ValueError(f"structured_outputs.{kind} must be a string, got {getattr(self, kind)!r}.")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError("structured_outputs.whitespace_pattern means nothing with disable_any_whitespace.")
         is_texts = isinstance(self.choice, list) and self.choice and all(isinstance(c, str) and c for c in self.choice)
         if self.choice is not None and not is_texts:
             raise ValueError(f"structured_outputs.choice must be a list of non-empty strings, got {self.choice!r}.")
+
+
+MAX_PATTERN = 1024  # tokens; each token is compared with this many before it
+
+
+@dataclass(frozen=True)
+class RepetitionDetectionParams:
+    """Ends an answer that has run into a loop: the same tokens again and again at its end.
+
+    Args:
+      max_pattern_size: the longest loop that is looked for, in tokens; 0: none.
+      min_pattern_size: the shortest; 0 and 1 are the same.
+      min_count: times that it must have come, at least 2.
+      end_thinking: a loop in a think block closes the block instead, and the model goes on with its answer.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+
+    max_pattern_size: int = 0
+    min_pattern_size: int = 0
+    min_count: int = 0
+    end_thinking: bool = False
+
+    def __post_init__(self) -> None:
+        sizes = (self.min_pattern_size, self.max_pattern_size)
+        if not all(_is_int(size) for size in (*sizes, self.min_count)) or not 0 <= sizes[0] <= sizes[1] <= MAX_PATTERN:
+            raise ValueError(
+                f"repetition_detection needs 0 <= min_pattern_size <= max_pattern_size <= {MAX_PATTERN}, got {sizes}."
+            )
+        if self.max_pattern_size and self.min_count < 2:
+            raise ValueError(f"repetition_detection.min_count must be at least 2, got {self.min_count}.")
+        if not isinstance(self.end_thinking, bool):
+            raise ValueError(f"repetition_detection.end_thinking must be true or false, got {self.end_thinking!r}.")
 
 
 @dataclass(frozen=True)
@@ -75,6 +123,7 @@ class SamplingParams:
       bad_words: strings that are never generated.
       thinking_token_budget: tokens after which the think block is closed; None or -1: any number.
       structured_outputs: a schema, regex, choice or grammar that the answer obeys.
+      repetition_detection: when an answer counts as caught in a loop; the finish_reason is then "repetition".
 
     Raises:
       ValueError: an option is out of range; the message names it.
@@ -104,6 +153,7 @@ class SamplingParams:
     bad_words: list[str] | None = None
     thinking_token_budget: int | None = None
     structured_outputs: StructuredOutputsParams | None = None
+    repetition_detection: RepetitionDetectionParams | None = None
 
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)

@@ -4,11 +4,31 @@ from typing import Any
 
 from qjax.config import ServerConfig
 from qjax.outputs import CompletionBuilder, CompletionOutput
+from qjax.server.errors import bad_request
 from qjax.server.protocol import ChatRequest
 from qjax.text.answer_parser import AnswerParser
 from qjax.text.parsed import CallArguments, CallStarted, Content, Event, Reasoning
 from qjax.text.reasoning import ReasoningTokens
 from qjax.text.tokenizer import Tokenizer
+from qjax.text.tool_grammar import ToolChoice
+
+
+def reads_calls(config: ServerConfig, choice: ToolChoice) -> bool:
+    """Whether tool calls are told from text; those that a request demands are, also where "auto" is off."""
+    return config.tool_call_parser != "none" and (config.enable_auto_tool_choice or choice.mode == "required")
+
+
+def check_calls(config: ServerConfig, body: ChatRequest) -> None:
+    """Raises ApiError 400 where a grammar would make calls that the server's parser does not read."""
+    choice = body.choice_of_tool
+    is_read = reads_calls(config, choice) and config.tool_call_parser in ("auto", "hermes", "qwen3_json")
+    if body.tools and choice.mode != "none" and not is_read and body.wanted_structure() is not None:
+        message = (
+            "Constrained tool calls (tool_choice other than auto and none, strict tools, tools beside a "
+            "response_format) need a server that reads JSON calls: --tool-call-parser auto or hermes, and "
+            "--enable-auto-tool-choice."
+        )
+        raise bad_request(message, "tools" if choice.mode == "auto" else "tool_choice")
 
 
 class Choice:
@@ -16,15 +36,21 @@ class Choice:
 
     Args:
       prompt: the rendered prompt, whose end says where the answer begins.
+
+    Raises:
+      ApiError: 400, the request's calls would not be read.
     """
 
     def __init__(self, config: ServerConfig, body: ChatRequest, prompt: str, tokenizer: Tokenizer):
+        check_calls(config, body)
+        choice = body.choice_of_tool
         self.answer = CompletionBuilder()
+        self._is_named = choice.is_named
         self._parser = AnswerParser(
             prompt,
             reasoning=config.reasoning_parser,
             tools=body.shown_tools,
-            tool_calls=config.tool_call_parser if config.enable_auto_tool_choice else "none",
+            tool_calls=config.tool_call_parser if reads_calls(config, choice) else "none",
             is_parallel=body.parallel_tool_calls,
         )
         self._includes_reasoning = body.include_reasoning
@@ -57,8 +83,8 @@ class Choice:
         return {**message, "refusal": None}
 
     def finish_reason(self, delta: CompletionOutput) -> str | None:
-        """Of an answer that has been parsed to its end."""
-        return self._parser.finish_reason(delta.finish_reason)
+        """Of an answer that has been parsed to its end. As with OpenAI, a call that the request named is no reason."""
+        return delta.finish_reason if self._is_named else self._parser.finish_reason(delta.finish_reason)
 
     def _delta(self, event: Event) -> dict[str, Any] | None:
         match event:

@@ -9,10 +9,11 @@ import re
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar, Literal
 
-from qjax.sampling_params import SamplingParams, StructuredOutputsParams
+from qjax.sampling_params import RepetitionDetectionParams, SamplingParams, StructuredOutputsParams
 from qjax.server.errors import bad_request, from_value_error
 from qjax.server.schema import Refused, body_field
 from qjax.server.structured import GUIDED, structured_outputs
+from qjax.text.tool_grammar import ToolChoice, with_tools
 
 MAX_N = 128  # OpenAI's limit; each answer is a sequence of its own in the engine
 MAX_PROMPTS = 1024
@@ -25,8 +26,7 @@ PARAM_NAMES = SAMPLING_NAMES | {"prompt", "priority", "request_id", "cache_salt"
 
 _REFUSED_BY_BOTH = {
     "guided_decoding_backend": Refused("there is one, llguidance."),
-    "guided_whitespace_pattern": Refused("white space is bounded by the server."),
-    "repetition_detection": Refused("it comes later."),
+    "guided_whitespace_pattern": Refused("use structured_outputs.whitespace_pattern."),
     "use_beam_search": Refused("there is no beam search.", (False,)),
     "length_penalty": Refused("there is no beam search.", (1.0,)),
     "best_of": Refused("use n.", (1,)),
@@ -58,6 +58,16 @@ class StreamOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RepetitionDetection:
+    """When an answer counts as caught in a loop: its last tokens are one pattern, several times in a row."""
+
+    max_pattern_size: int = body_field("Tokens of the longest pattern; 0: off", 0)
+    min_pattern_size: int = body_field("Tokens of the shortest pattern", 0)
+    min_count: int = body_field("Times that the pattern must have come, at least 2", 0)
+    end_thinking: bool = body_field("A loop in a think block closes the block instead of ending the answer", False)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingFields:
     """What every endpoint that writes text takes under the same names."""
 
@@ -78,8 +88,11 @@ class SamplingFields:
     include_stop_str_in_output: bool | None = body_field("Keep the stop string in the text")
     ignore_eos: bool | None = body_field("Go on after the model's end of text")
     skip_special_tokens: bool | None = body_field("Leave special tokens out of the text")
-    structured_outputs: dict[str, Any] | None = body_field("One of json, regex, choice, grammar, json_object")
+    structured_outputs: dict[str, Any] | None = body_field(
+        "One of json, regex, choice, grammar, json_object, structural_tag"
+    )
     thinking_token_budget: int | None = body_field("Tokens after which the think block is closed; -1: any", minimum=-1)
+    repetition_detection: RepetitionDetection | None = body_field("Ends an answer that has run into a loop")
     priority: int = body_field("Lower runs earlier, with --scheduling-policy priority", 0)
     cache_salt: str | None = body_field("Only requests with the same salt share cached prompts")
     request_id: str | None = body_field("Becomes a part of the answer's id")
@@ -102,7 +115,9 @@ class GenerationRequest(SamplingFields):
 
     max_tokens: int | None = body_field("Tokens to write at most", minimum=0)
     detokenize: bool | None = body_field("false: no text, only token ids")
-    response_format: dict[str, Any] | None = body_field('{"type": "text" | "json_object" | "json_schema", …}')
+    response_format: dict[str, Any] | None = body_field(
+        '{"type": "text" | "json_object" | "json_schema" | "structural_tag", …}'
+    )
     guided_json: Any = body_field("The older name of structured_outputs.json")
     guided_regex: str | None = body_field("The older name of structured_outputs.regex")
     guided_choice: list[str] | None = body_field("The older name of structured_outputs.choice")
@@ -150,6 +165,12 @@ class GenerationRequest(SamplingFields):
         given["logprobs"] = self.wanted_logprobs()
         given["structured_outputs"] = self.wanted_structure()
         given["max_tokens"] = self.wanted_max_tokens()
+        if self.repetition_detection is not None:
+            try:
+                loops = RepetitionDetectionParams(**dataclasses.asdict(self.repetition_detection))
+            except ValueError as error:
+                raise from_value_error(error, SAMPLING_NAMES) from None
+            given["repetition_detection"] = loops
         if self.logit_bias is not None:
             given["logit_bias"] = {i: min(100.0, max(-100.0, bias)) for i, bias in self.logit_bias.items()}
         try:
@@ -169,8 +190,10 @@ class ChatRequest(GenerationRequest):
     logprobs: bool = body_field("Return the logprob of each token", False)
     top_logprobs: int | None = body_field("Likeliest tokens to return at each position", minimum=-1)
     tools: list[dict[str, Any]] | None = body_field("Functions that the chat template describes to the model")
-    tool_choice: Any = body_field('"auto", or "none": the tools are not shown to the model')
-    parallel_tool_calls: bool = body_field("false: only the first tool call of an answer is returned", True)
+    tool_choice: Any = body_field(
+        '"auto", "none" (the tools are not shown to the model), "required", one function or allowed_tools'
+    )
+    parallel_tool_calls: bool = body_field("false: an answer has at most one tool call", True)
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = body_field(
         '"none" turns thinking off, the others turn it on'
     )
@@ -220,12 +243,28 @@ class ChatRequest(GenerationRequest):
         if self.continue_final_message and self.add_generation_prompt:
             message = "Cannot set both `continue_final_message` and `add_generation_prompt` to True."
             raise bad_request(message, "continue_final_message")
-        _check_tools(self.tools, self.tool_choice)
+        _check_tools(self.tools)
+        _ = self.choice_of_tool  # is refused now if it is wrong
+
+    @property
+    def choice_of_tool(self) -> ToolChoice:
+        try:
+            return ToolChoice.of(self.tool_choice, self.tools)
+        except ValueError as error:
+            raise bad_request(str(error), "tool_choice") from None
 
     @property
     def shown_tools(self) -> list[dict[str, Any]] | None:
-        """The tools that the model may call."""
+        """The tools that the template describes to the model."""
         return None if self.tool_choice == "none" else self.tools
+
+    def wanted_structure(self) -> StructuredOutputsParams | None:
+        """`tool calls | format`."""
+        structure = super().wanted_structure()
+        try:
+            return with_tools(structure, self.tools, self.choice_of_tool, is_parallel=self.parallel_tool_calls)
+        except ValueError as error:
+            raise from_value_error(error, ("tools", *SAMPLING_NAMES)) from None
 
     def template_variables(self, defaults: dict[str, Any]) -> dict[str, Any]:
         """The template's variables: the server's, then what `reasoning_effort` means, then the request's own."""
@@ -294,8 +333,7 @@ def check_request_id(request_id: str, param: str) -> str:
     return request_id
 
 
-def _check_tools(tools: list[dict[str, Any]] | None, tool_choice: Any) -> None:
-    """The model may call tools; what would force or constrain a call is refused."""
+def _check_tools(tools: list[dict[str, Any]] | None) -> None:
     if tools is not None and not tools:
         raise bad_request("tools must not be an empty list; leave it out.", "tools")
     for i, tool in enumerate(tools or []):
@@ -305,13 +343,6 @@ def _check_tools(tools: list[dict[str, Any]] | None, tool_choice: Any) -> None:
             raise bad_request(f'{where} must be {{"type": "function", "function": {{…}}}}.', where, tool)
         if not isinstance(function.get("name"), str) or not function["name"]:
             raise bad_request(f"{where}.function.name must be a non-empty string.", f"{where}.function.name")
-        if function.get("strict"):
+        if not isinstance(function.get("strict"), bool | None):
             param = f"{where}.function.strict"
-            raise bad_request(f"{param} is not supported: arguments are not constrained yet.", param, True)
-    if tool_choice in (None, "none"):
-        return
-    if tool_choice != "auto":
-        message = 'tool_choice is not supported beyond "auto" and "none": tool calls are not constrained yet.'
-        raise bad_request(message, "tool_choice", tool_choice)
-    if tools is None:
-        raise bad_request('tool_choice "auto" needs tools.', "tool_choice", tool_choice)
+            raise bad_request(f"{param} must be true or false.", param, function["strict"])

@@ -7,6 +7,8 @@ from typing import Any
 
 from qjax.sampling_params import StructuredOutputsParams
 from qjax.server.errors import bad_request
+from qjax.text.grammar import format_of
+from qjax.text.structural_tag import lark_source
 
 GUIDED = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice", "guided_grammar": "grammar"}
 KINDS = {f.name for f in dataclasses.fields(StructuredOutputsParams)} - {"after_thinking"}
@@ -44,7 +46,10 @@ def structured_outputs(
         raise bad_request(f"only one of {' and '.join(wanted)} can be set.", list(wanted)[1])
     for name, fields in wanted.items():
         try:
-            return StructuredOutputsParams(**fields, after_thinking=after_thinking)
+            params = StructuredOutputsParams(**fields, after_thinking=after_thinking)
+            if params.structural_tag is not None:
+                lark_source(format_of(params), {})  # its form is checked here, where the field's name is known
+            return params
         except ValueError as error:
             raise bad_request(str(error), name) from None
     return None
@@ -64,6 +69,9 @@ def _of_response_format(value: dict[str, Any]) -> dict[str, Any] | None:
                 "response_format.json_schema.schema must be a JSON schema (an object).", "response_format.json_schema"
             )
         return {"json": schema}
+    if kind == "structural_tag":
+        return {"structural_tag": value}
     raise bad_request(
-        f'response_format.type must be "text", "json_object" or "json_schema", got {kind!r}.', "response_format.type"
+        f'response_format.type must be "text", "json_object", "json_schema" or "structural_tag", got {kind!r}.',
+        "response_format.type",
     )

@@ -12,9 +12,11 @@ import jax
 from qjax.config import EngineConfig
 from qjax.engine.answers import Answer, Group
 from qjax.engine.block_pool import BlockPool
+from qjax.engine.ending import host_end
 from qjax.engine.loading import Loaded, load
-from qjax.engine.logit_edits import bad_words_token_ids, needs_text
+from qjax.engine.logit_edits import bad_words_token_ids
 from qjax.engine.metrics import Metrics
+from qjax.engine.repetition import loop_detector
 from qjax.engine.request import Request
 from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
@@ -22,9 +24,13 @@ from qjax.engine.step import StepOptions
 from qjax.engine.weights import check_weights, replace_weights
 from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.sampling_params import SamplingParams
-from qjax.text.constraint import Constraint, ThinkBlock
+from qjax.text.constraint import make_constraint
 from qjax.text.detokenizer import Detokenizer
 from qjax.text.grammar import GrammarCompiler
+
+# Requests that must be read before they go on take part in every second step as long as they are few: at most one in
+# this many. If they are more, all wait for them, and the step in flight is read first.
+MAX_HELD_BACK = 4
 
 
 class Engine:
@@ -141,7 +147,8 @@ class Engine:
                 eos_token_ids=eos,
                 stop_token_ids=frozenset(params.stop_token_ids or []),
                 seed=seed + index,
-                constraint=self._constraint(prompt_token_ids, params),
+                constraint=make_constraint(self.grammars, prompt_token_ids, params),
+                loops=loop_detector(params.repetition_detection),
                 bad_words_token_ids=bad_words,
                 arrival_time=time.monotonic(),
                 priority=priority,
@@ -153,16 +160,6 @@ class Engine:
             group.answers.append(answer)
             self._answers[request.request_id] = (group, answer)
         self._groups[request_id] = group
-
-    def _constraint(self, prompt_token_ids: list[int], params: SamplingParams) -> Constraint | None:
-        """A new one for each answer."""
-        structure, budget = params.structured_outputs, params.thinking_token_budget
-        if structure is None and budget is None:
-            return None
-        grammar = None if structure is None else self.grammars.compile(structure).start()
-        may_think = structure is None or structure.after_thinking
-        thoughts = ThinkBlock.after(prompt_token_ids, self.tokenizer) if may_think else None
-        return Constraint(grammar, thoughts, budget)
 
     def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""
@@ -209,8 +206,8 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it. Returns what is new, as deltas."""
         touched: dict[Group, None] = {}
-        if any(needs_text(request) for request in self.scheduler.running):
-            touched |= self._update()  # the next step's bans depend on the token in flight
+        if self.scheduler.num_held_back * MAX_HELD_BACK > self.scheduler.num_running:
+            touched |= self._update()
         batch = self.scheduler.schedule()
         flight = None if batch.is_empty else self.runner.dispatch(batch)
         touched |= self._update()
@@ -258,11 +255,9 @@ class Engine:
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
         self.metrics.on_token(request)
-        if request.constraint is not None and not request.is_finished:
-            if not request.constraint.accept(token_id):
-                self.scheduler.finish(request, "error", "the grammar was not obeyed")
-            elif request.constraint.is_finished:
-                self.scheduler.finish(request, "stop")
+        if (end := host_end(request, token_id)) is not None:
+            self.scheduler.finish(request, *end)
+            request.finish_reason, request.stop_reason = end
         if logprobs is not None and params.logprobs is not None:
             answer.cumulative_logprob += logprobs.logprob
             answer.logprobs.append(self._logprob_dict(token_id, logprobs, params.logprobs))

@@ -13,9 +13,12 @@ def has_edits(request: Request) -> bool:
     return bool(p.logit_bias or p.allowed_token_ids or request.bad_words_token_ids or p.min_tokens)
 
 
-def needs_text(request: Request) -> bool:
-    """Whether the bans depend on the tokens sampled before, so that the host must read each before the next step."""
-    return request.constraint is not None or any(len(word) > 1 for word in request.bad_words_token_ids)
+def is_held_back(request: Request) -> bool:
+    """Whether the next step cannot compute the request: its bans depend on a token that the host has not read."""
+    if not request.num_pending:
+        return False
+    is_constrained = request.constraint is not None and request.constraint.needs_text
+    return is_constrained or any(len(word) > 1 for word in request.bad_words_token_ids)
 
 
 def edits_of(request: Request) -> tuple[dict[int, float], bool]:

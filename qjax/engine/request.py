@@ -3,6 +3,7 @@
 import enum
 from dataclasses import dataclass, field
 
+from qjax.engine.repetition import LoopDetector
 from qjax.outputs import FinishReason
 from qjax.sampling_params import SamplingParams
 from qjax.text.constraint import Constraint
@@ -34,6 +35,7 @@ class Request:
     seed: int = 0
     is_pooling: bool = False  # ends with its prompt; the one token it gets stands for nothing
     constraint: Constraint | None = None  # what the next token may be, by grammar and thinking budget
+    loops: LoopDetector | None = None  # ends the answer where it repeats itself
     bad_words_token_ids: list[list[int]] = field(default_factory=list)  # token sequences that are never completed
 
     status: RequestStatus = RequestStatus.WAITING

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from qjax.engine.block_pool import BlockPool, hash_page
+from qjax.engine.logit_edits import is_held_back
 from qjax.engine.request import Request, RequestStatus
 from qjax.outputs import FinishReason
 
@@ -116,6 +117,11 @@ class Scheduler:
         return len(self.running)
 
     @property
+    def num_held_back(self) -> int:
+        """Running requests that `schedule` passes over until their last token is read."""
+        return sum(is_held_back(request) for request in self.running)
+
+    @property
     def num_waiting(self) -> int:
         return len(self.waiting)
 
@@ -191,7 +197,7 @@ class Scheduler:
         for request in list(self.running):
             # A request later in the list may have been preempted for an earlier one (it has no device token then),
             # never the other way round: so nothing that is in this step already loses its pages.
-            if not request.has_device_token:
+            if not request.has_device_token or is_held_back(request):
                 continue
             if not self._may_grow(request) or not self._make_room(request, preempted):
                 continue

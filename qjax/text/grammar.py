@@ -12,21 +12,25 @@ from typing import Any
 import numpy as np
 
 from qjax.sampling_params import StructuredOutputsParams
+from qjax.text.structural_tag import WHITESPACE, Format, lark_source, tag_format
 from qjax.text.tokenizer import Tokenizer
 
 MAX_CACHED = 128  # compiled grammars
-# Bounded: with free white space a small model can write blanks for ever.
-WHITESPACE = r"[ \n\r\t]{0,8}"
+MAX_SOURCE = 2**20  # characters; llguidance has limits of its own, on what it makes of them
 
 
 class Grammar:
     """A compiled grammar. `start` begins an answer."""
 
-    def __init__(self, matcher: Any):
+    def __init__(self, matcher: Any, first: np.ndarray):
         self._matcher = matcher
+        self._first = first  # the mask of the first token
 
     def start(self) -> "GrammarState":
         return GrammarState(self._matcher.deep_copy())
+
+    def can_begin_with(self, token_id: int) -> bool:
+        return bool(self._first[token_id // 32] >> (token_id % 32) & 1)
 
 
 class GrammarState:
@@ -39,6 +43,11 @@ class GrammarState:
     def __init__(self, matcher: Any):
         self._matcher = matcher
         self.is_finished = False
+
+    @property
+    def error(self) -> str | None:
+        """Why the grammar cannot go on, such as a limit of llguidance; only the end of the answer is then allowed."""
+        return (self._matcher.get_error() or "the grammar was not obeyed") if self._matcher.is_error() else None
 
     def fill(self, mask: np.ndarray) -> None:
         """Writes the allowed tokens as bits into int32 [ceil(V / 32)], contiguous: token i is bit i % 32 of i // 32."""
@@ -60,9 +69,9 @@ class GrammarCompiler:
     """
 
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: frozenset[int]):
-        self._tokenizer = tokenizer
-        self._vocab_size = vocab_size
-        self._eos_token_ids = sorted(eos_token_ids)
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
         self._lock = threading.Lock()
         self._ll_tokenizer: Any = None
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
@@ -71,15 +80,21 @@ class GrammarCompiler:
         """The grammar that `params` asks for.
 
         Raises:
-          ValueError: it is wrong or cannot be honoured; with the reason.
+          ValueError: it is wrong, too large, cannot be honoured, or nothing can obey it; with the reason.
         """
-        key = grammar_source(params)
+        return self.compile_format(format_of(params), whitespace_of(params))
+
+    def compile_format(self, fmt: Format, whitespace: str = WHITESPACE) -> Grammar:
+        """The grammar of a format of `structural_tag`; raises as `compile` does."""
+        key = lark_source(fmt, self.tokenizer.text_token_ids, whitespace)
+        if len(key) > MAX_SOURCE:
+            raise ValueError(f"Grammar error: it has {len(key)} characters; at most {MAX_SOURCE} are allowed.")
         with self._lock:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
             if self._ll_tokenizer is None:
-                self._ll_tokenizer = self._tokenizer.grammar_tokenizer(self._vocab_size, self._eos_token_ids)
+                self._ll_tokenizer = self.tokenizer.grammar_tokenizer(self.vocab_size, sorted(self.eos_token_ids))
         grammar = self._compile(key)
         with self._lock:
             self._cache[key] = grammar
@@ -88,54 +103,55 @@ class GrammarCompiler:
         return grammar
 
     def _compile(self, source: str) -> Grammar:
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
-        is_error, messages = LLMatcher.validate_grammar_with_warnings(source, self._ll_tokenizer)
-        if is_error or messages:  # a warning says that something is not enforced
-            raise ValueError(f"Grammar error: {' '.join(messages)}")
-        matcher = LLMatcher(self._ll_tokenizer, source, log_level=0)
+        limits = LLParserLimits(verbose_errors=False)  # an error does not quote the whole grammar
+        matcher = LLMatcher(self._ll_tokenizer, source, log_level=0, limits=limits)
+        warnings = [] if matcher.is_error() else matcher.get_grammar_warnings()
+        if warnings:  # something is not enforced
+            raise ValueError(f"Grammar error: {' '.join(warnings)}")
+        first = np.zeros(-(-self.vocab_size // 32), np.int32)
+        if not matcher.is_error():
+            matcher.unsafe_compute_mask_ptr(first.ctypes.data, first.nbytes)
+            if matcher.is_error():
+                raise ValueError("Grammar error: no text can obey it.")
         if matcher.is_error():
             raise ValueError(f"Grammar error: {matcher.get_error()}")
-        return Grammar(matcher)
+        return Grammar(matcher, first)
 
 
-def grammar_source(params: StructuredOutputsParams) -> str:
-    """llguidance's text of what `params` asks for.
+def whitespace_of(params: StructuredOutputsParams) -> str:
+    """Regular expression of the white space inside of JSON."""
+    if params.disable_any_whitespace:
+        return ""
+    return WHITESPACE if params.whitespace_pattern is None else params.whitespace_pattern
+
+
+def format_of(params: StructuredOutputsParams) -> Format:
+    """What `params` asks for, as a format of `structural_tag`.
 
     Raises:
-      ValueError: the JSON schema is not an object, or no JSON at all.
+      ValueError: the JSON schema or the structural tag is none.
     """
-    from llguidance import LLMatcher
-
-    if params.json is not None or params.json_object:
-        schema: Any = {"type": "object"} if params.json is None else params.json
-        if isinstance(schema, str):
-            try:
-                schema = json.loads(schema)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"structured_outputs.json is not valid JSON: {error}.") from None
-        if not isinstance(schema, dict | bool):
-            raise ValueError(f"structured_outputs.json must be a JSON schema (an object), got {schema!r}.")
-        schema = schema if isinstance(schema, dict) else ({} if schema else {"not": {}})
-        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITESPACE})
+    if params.json is not None:
+        return {"type": "json_schema", "json_schema": _schema(params.json)}
+    if params.json_object:
+        return {"type": "json_schema", "json_schema": {"type": "object"}}
     if params.regex is not None:
-        return LLMatcher.grammar_from_regex(params.regex)
+        return {"type": "regex", "pattern": params.regex}
     if params.choice is not None:
-        return LLMatcher.grammar_from_lark(
-            "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in params.choice)
-        )
-    if params.grammar is None:
-        raise RuntimeError("StructuredOutputsParams has checked that one of its fields is set")
-    return LLMatcher.grammar_from_lark(_lark_of(params.grammar))
+        return {"type": "or", "elements": [{"type": "const_string", "value": choice} for choice in params.choice]}
+    if params.grammar is not None:
+        return {"type": "grammar", "grammar": params.grammar}
+    return tag_format(params.structural_tag)
 
 
-def _lark_of(grammar: str) -> str:
-    """Lark as it is; GBNF (llama.cpp's EBNF, with `::=`) translated."""
-    if "::=" not in grammar:
-        return grammar
-    from llguidance.gbnf_to_lark import any_to_lark
-
-    try:
-        return any_to_lark(grammar)
-    except Exception as error:  # its parser raises what it likes
-        raise ValueError(f"Grammar error: the EBNF cannot be read: {error}") from error
+def _schema(schema: Any) -> Any:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"structured_outputs.json is not valid JSON: {error}.") from None
+    if not isinstance(schema, dict | bool):
+        raise ValueError(f"structured_outputs.json must be a JSON schema (an object), got {schema!r}.")
+    return schema

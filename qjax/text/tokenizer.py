@@ -4,6 +4,7 @@ Wraps transformers' AutoTokenizer, imported only when a tokenizer is loaded (the
 brought into the template's form by `messages`; a growing answer is decoded by `detokenizer`.
 """
 
+import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ class Tokenizer:
         self._backend = hf_tokenizer.backend_tokenizer
         added = hf_tokenizer.added_tokens_decoder
         self.special_token_ids: frozenset[int] = frozenset(i for i, token in added.items() if token.special)
+        # Added tokens that are part of an answer's text, such as <think> and <tool_call>.
+        self.text_token_ids: dict[str, int] = {token.content: i for i, token in added.items() if not token.special}
         self.eos_token_id: int | None = hf_tokenizer.eos_token_id
         self.chat_template: str | None = hf_tokenizer.chat_template
         self._bytes = _byte_table(hf_tokenizer.get_vocab(), {i: token.content for i, token in added.items()})
@@ -95,16 +98,17 @@ class Tokenizer:
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def grammar_tokenizer(self, vocab_size: int, eos_token_ids: list[int]) -> Any:
-        """llguidance's form of this tokenizer, for a model with `vocab_size` ids. Takes about a second.
+        """llguidance's form of this tokenizer, for a model with `vocab_size` ids. Takes a second or two.
 
         Raises:
           ValueError: llguidance is not installed.
         """
         try:
-            from llguidance.hf import from_tokenizer
+            from llguidance import LLTokenizer
         except ImportError:
             raise ValueError("structured output needs the package llguidance: pip install llguidance.") from None
-        return from_tokenizer(self._hf, n_vocab=vocab_size, eos_token=eos_token_ids or None)
+        speller: Any = _SpellingTokenizer(self, vocab_size, eos_token_ids)
+        return LLTokenizer(speller, eos_token=eos_token_ids or None)
 
     def bytes_table(self, skip_special_tokens: bool) -> Sequence[bytes]:
         """Token id -> bytes, for loops that cannot afford a call a token; special tokens are `b""` if skipped."""
@@ -145,6 +149,30 @@ class Tokenizer:
             raise ValueError(f"the chat template refused the request: {error}") from error
         except (TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
             raise ValueError(f"the chat template cannot render the request: {error}") from error
+
+
+class _SpellingTokenizer:
+    """What llguidance asks of a tokenizer: the bytes of each id, and the ids of a text that a grammar forces.
+
+    Such a text is encoded as it is written, without the added tokens: `<think>` in a string is letters, whereas the
+    token of that name is a sign, and the grammar would refuse its own forced token.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_token_ids: list[int]):
+        backend = tokenizer._backend
+        state = json.loads(backend.to_str())
+        added = [token["id"] for token in state["added_tokens"]]
+        self.eos_token_id = eos_token_ids[0] if eos_token_ids else tokenizer.eos_token_id or 0
+        self.special_token_ids = added
+        self.tokens = [*tokenizer._bytes, *[b""] * (vocab_size - len(tokenizer))]
+        plain = {**state, "added_tokens": [], "normalizer": None, "post_processor": None, "truncation": None}
+        self._plain = type(backend).from_str(json.dumps({**plain, "padding": None}))
+
+    def __call__(self, text: str) -> list[int]:
+        return self._plain.encode(text, add_special_tokens=False).ids
 
 
 def _auto_tokenizer() -> Any:
