@@ -209,9 +209,11 @@ class LLM:
         if engine.pooling.kind == "embed":
             if chat_template is not None:
                 raise ValueError("chat_template is a reranker's; an embedder reads the texts as they are.")
+            if not params.use_activation:
+                raise ValueError("use_activation cannot be false: a cosine is of vectors of length 1.")
             texts = [instructed(query, instruction) for query in queries] + documents
             ids = [(embedding_ids(engine.tokenizer, text, limit=limit), None) for text in texts]
-            vectors = self._pool(ids, replace(params, use_activation=True), use_tqdm)
+            vectors = self._pool(ids, params, use_tqdm)
             return [cosine(vectors[i], vectors[len(queries) + j]) for i, j in matched]
         prompt = RerankPrompt(engine.tokenizer, instruction, chat_template, limit)
         return self._pool([(prompt.token_ids(queries[i], documents[j]), None) for i, j in matched], params, use_tqdm)

@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from qjax.config import EngineConfig, ServerConfig
 from qjax.server.app import api_keys, make_app
@@ -144,12 +145,20 @@ def read_chat_template(config: ServerConfig) -> str | None:
         raise ValueError(f"--chat-template must name a readable text file: {error}") from None
 
 
+_EXAMPLES: dict[str | None, tuple[str, dict[str, Any]]] = {
+    None: ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello!"}]}),
+    "embed": ("/v1/embeddings", {"input": "Hello!"}),
+    "score": ("/v1/rerank", {"query": "What is Oslo?", "documents": ["Oslo is a city.", "An oak is a tree."]}),
+}
+
+
 def ready_line(state: ServerState, address: Address, seconds: float) -> str:
     """What is printed once requests are served."""
     key = ' -H "Authorization: Bearer $QJAX_API_KEY"' if api_keys(state.config) else ""
-    body = json.dumps({"messages": [{"role": "user", "content": "Hello!"}]})
+    path, example = _EXAMPLES[state.engine.pooling_kind]
+    body = json.dumps(example)
     return (
         f"qjax serves {state.model_names[0]} at {address} (context {state.engine.max_model_len} tokens, "
         f"ready after {seconds:.1f} s). Try: "
-        f"{address.curl}/v1/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'"
+        f"{address.curl}{path}{key} -H 'Content-Type: application/json' -d '{body}'"
     )

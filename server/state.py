@@ -5,12 +5,13 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from aiohttp import web
 
 from qjax.config import ServerConfig
-from qjax.outputs import RequestOutput
+from qjax.outputs import PoolingRequestOutput, RequestOutput
+from qjax.pooling_params import PoolingParams
 from qjax.sampling_params import SamplingParams
 from qjax.server.errors import ApiError, unavailable
 from qjax.text.tokenizer import Tokenizer
@@ -43,6 +44,18 @@ class AsyncEngine(Protocol):
         cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]: ...
 
+    async def encode(
+        self,
+        prompt_token_ids: list[int],
+        params: PoolingParams,
+        request_id: str,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> PoolingRequestOutput: ...
+
+    @property
+    def pooling_kind(self) -> Literal["embed", "score"] | None: ...
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property

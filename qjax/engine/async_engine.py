@@ -12,9 +12,8 @@ import sys
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
-from qjax.checkpoint.pooling import Pooling
 from qjax.config import EngineConfig
 from qjax.engine.engine import Engine
 from qjax.engine.pooling import PoolingEngine, make_engine
@@ -99,13 +98,9 @@ class AsyncEngine:
         return self.config.model
 
     @property
-    def pooling(self) -> Pooling | None:
+    def pooling_kind(self) -> Literal["embed", "score"] | None:
         """What is made of prompts; None: they are continued."""
-        return self.engine.pooling
-
-    @property
-    def hidden_size(self) -> int:
-        return self.engine.model_config.hidden_size
+        return self.engine.pooling.kind if self.engine.pooling else None
 
     @property
     def default_sampling_params(self) -> dict[str, Any]:

@@ -48,6 +48,7 @@ class FakeEngine:
         self.max_logprobs = 20
         self.vocab_size = 520  # padded beyond the tokenizer's 512
         self.model_name = "org/fake-model"
+        self.pooling_kind = None
         self.default_sampling_params = defaults or {}
         self.calls: list[tuple] = []
         self.ends: dict[str, str] = {}
