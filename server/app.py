@@ -11,9 +11,14 @@ from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.cors import install_cors
 from qjax.server.errors import ApiError, Handler, error_middleware
+from qjax.server.messages import count_tokens, messages
+from qjax.server.messages_errors import is_anthropic, messages_error_middleware
+from qjax.server.messages_protocol import CountTokensRequest, MessagesRequest
 from qjax.server.page import PAGE_ROUTES
 from qjax.server.protocol import ChatRequest, CompletionRequest
 from qjax.server.request_id import add_request_id
+from qjax.server.responses import responses
+from qjax.server.responses_protocol import ResponsesRequest
 from qjax.server.routes import Route, add_routes
 from qjax.server.state import STATE, ServerState
 from qjax.server.status import health, load, metrics, model, models, reset_prefix_cache, version
@@ -23,6 +28,9 @@ from qjax.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, t
 ROUTES = [
     Route("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", body=ChatRequest, streams=True),
     Route("POST", "/v1/completions", completions, "Continue a text", body=CompletionRequest, streams=True),
+    Route("POST", "/v1/responses", responses, "Answer items with items", body=ResponsesRequest, streams=True),
+    Route("POST", "/v1/messages", messages, "Answer as Anthropic does", body=MessagesRequest, streams=True),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", body=CountTokensRequest),
     Route("POST", "/tokenize", tokenize, "Token ids of a text or of a conversation", body=TokenizeRequest),
     Route("POST", "/detokenize", detokenize, "The text of token ids", body=DetokenizeRequest),
     Route("GET", "/v1/models", models, "The served model under its names"),
@@ -45,6 +53,7 @@ def make_app(state: ServerState) -> web.Application:
     open_paths = {prefix + route.path for prefix in prefixes for route in routes if route.is_open}
     app = web.Application(middlewares=[error_middleware], client_max_size=config.max_body_size)
     app[STATE] = state
+    app.middlewares.append(messages_error_middleware)
     app.on_response_prepare.append(add_request_id)
     install_cors(app, config)
     app.middlewares.append(key_middleware(api_keys(config), open_paths))
@@ -67,6 +76,8 @@ def key_middleware(keys: list[str], open_paths: set[str]):
     async def check_key(request: web.Request, handler: Handler) -> web.StreamResponse:
         if digests and request.path not in open_paths:
             scheme, _, given = request.headers.get("Authorization", "").partition(" ")
+            if not scheme and is_anthropic(request):  # whose clients send it so
+                scheme, given = "bearer", request.headers.get("X-Api-Key", "")
             digest = hashlib.sha256(given.strip().encode("utf-8", "surrogateescape")).digest()
             # all keys are compared, each in constant time: how long it takes says nothing about them
             is_known = sum([hmac.compare_digest(digest, known) for known in digests]) > 0
