@@ -260,6 +260,25 @@ class LLM:
         """
         self.engine.update_weights(params)
 
+    def sleep(self, level: int = 1) -> None:
+        """Gives the devices' memory back until `wake_up`; the compiled code stays.
+
+        Args:
+          level: 1 keeps the weights in the host's memory; 2 does not, and `wake_up` reads the checkpoint again.
+
+        Raises:
+          ValueError: another level, or the engine sleeps already.
+        """
+        self.engine.sleep(level)
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Puts back what `sleep` took. With tags, only "weights" or "kv_cache", such as to update weights in between.
+
+        Raises:
+          ValueError: an unknown tag, or the checkpoint cannot be read again.
+        """
+        self.engine.wake_up(tags)
+
     def get_tokenizer(self) -> Tokenizer:
         return self.engine.tokenizer
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from qjax.engine.request import Request
-from qjax.outputs import Logprob
+from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from qjax.text.detokenizer import Detokenizer
 
 
@@ -29,3 +29,43 @@ class Group:
     prompt: str | None
     answers: list[Answer]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+    @property
+    def is_reported(self) -> bool:
+        return all(answer.is_reported for answer in self.answers)
+
+    def take(self) -> RequestOutput | None:
+        """What is new since the last call."""
+        outputs = []
+        for answer in self.answers:
+            request = answer.request
+            if answer.is_reported or not (answer.token_ids or request.is_finished):
+                continue
+            answer.is_reported = request.is_finished
+            outputs.append(
+                CompletionOutput(
+                    index=answer.index,
+                    text=answer.text,
+                    token_ids=answer.token_ids,
+                    cumulative_logprob=answer.cumulative_logprob if request.params.logprobs is not None else None,
+                    logprobs=answer.logprobs if request.params.logprobs is not None else None,
+                    finish_reason=request.finish_reason,
+                    stop_reason=request.stop_reason,
+                )
+            )
+            answer.text, answer.token_ids, answer.logprobs = "", [], []
+        if not outputs:
+            return None
+        first = self.answers[0].request
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=first.prompt_token_ids,
+            outputs=outputs,
+            finished=self.is_reported,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=first.num_cached_tokens,
+            metrics=RequestMetrics(
+                first.arrival_time, first.first_scheduled_time, first.first_token_time, first.finished_time
+            ),
+        )

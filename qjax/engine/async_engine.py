@@ -7,10 +7,12 @@ called from one event loop.
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import sys
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -42,7 +44,11 @@ class AsyncEngine:
         self._engine: Engine | None = None
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[RequestOutput | PoolingRequestOutput | Exception]] = {}
+        self._num_sequences: dict[str, int] = {}  # by request
         self._thread: threading.Thread | None = None
+        self._step_began: float | None = None  # in time.monotonic's seconds; None between steps
+        self._is_sleeping = False
+        self._calls: set[asyncio.Future] = set()
 
     # Start and stop
 
@@ -61,13 +67,15 @@ class AsyncEngine:
         """
         await asyncio.shield(self._ready)
 
-    async def shutdown(self) -> None:
-        """Aborts what is left and ends the thread."""
+    async def shutdown(self, timeout: float = math.inf) -> bool:
+        """Aborts what is left and ends the thread. False where it has not ended in time: its device hangs."""
         if self.phase != "failed":
             self.phase = "stopping"
         self._inbox.put(None)
-        if self._thread is not None:
-            await asyncio.to_thread(self._thread.join)
+        end = time.monotonic() + timeout
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        return self._thread is None or not self._thread.is_alive()
 
     # What the server asks
 
@@ -114,6 +122,26 @@ class AsyncEngine:
     def num_unfinished(self) -> int:
         return len(self._streams)
 
+    @property
+    def num_queued(self) -> int:
+        """Sequences that wait for a place. Where the last step had one for all, those to come find one too, as long as
+        there are any."""
+        engine, num = self.engine, sum(self._num_sequences.values())
+        return max(0, num - (engine.num_running if engine.num_waiting else engine.plan.max_num_seqs))
+
+    @property
+    def seconds_stalled(self) -> float:
+        """How long the step has been going on that the engine is at; 0 between steps, and while it compiles."""
+        began, compiles = self._step_began, self.engine.runner.compiles
+        if began is None or compiles.is_running:
+            return 0.0
+        return max(0.0, time.monotonic() - max(began, compiles.ended))
+
+    @property
+    def is_sleeping(self) -> bool:
+        """True from the call of `sleep` on until all is awake again."""
+        return self._is_sleeping
+
     def render_metrics(self) -> bytes:
         """Prometheus' text format."""
         return self.engine.metrics.render()
@@ -143,7 +171,7 @@ class AsyncEngine:
         add = partial(
             self.engine.add_request, request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt
         )
-        async with contextlib.aclosing(self._outputs(request_id, add)) as outputs:
+        async with contextlib.aclosing(self._outputs(request_id, add, params.n)) as outputs:
             async for output in outputs:
                 yield output
 
@@ -175,10 +203,12 @@ class AsyncEngine:
         async with contextlib.aclosing(self._outputs(request_id, add)) as outputs:
             return await anext(outputs)
 
-    async def _outputs(self, request_id: str, add: Callable[[], None]) -> AsyncGenerator[Any, None]:
+    async def _outputs(
+        self, request_id: str, add: Callable[[], None], num_sequences: int = 1
+    ) -> AsyncGenerator[Any, None]:
         """What a request gives, from `add` in the engine's thread to its end; closed early, it is aborted."""
         stream: asyncio.Queue[RequestOutput | PoolingRequestOutput | Exception] = asyncio.Queue()
-        self._streams[request_id] = stream
+        self._streams[request_id], self._num_sequences[request_id] = stream, num_sequences
 
         def add_or_refuse() -> None:
             try:
@@ -197,7 +227,7 @@ class AsyncEngine:
                 finished = output.finished
                 yield output
         finally:
-            del self._streams[request_id]
+            del self._streams[request_id], self._num_sequences[request_id]
             if not finished:
                 self._inbox.put(lambda: self._abort_in_thread(request_id))
 
@@ -207,13 +237,54 @@ class AsyncEngine:
 
     async def reset_prefix_cache(self) -> bool:
         """Forgets cached pages; False while requests hold some."""
+        return await self._call(self.engine.reset_prefix_cache)
+
+    async def sleep(self, level: int = 1) -> None:
+        """Gives the devices' memory back, see `Engine.sleep`. What still runs is aborted.
+
+        Raises:
+          ValueError: another level than 1 and 2, or it sleeps already.
+        """
+
+        def sleep() -> None:
+            for request_id in self.engine.request_ids:
+                self._abort_in_thread(request_id)
+            self.engine.sleep(level)
+
+        was_sleeping, self._is_sleeping = self._is_sleeping, True
+        try:
+            await self._call(sleep)
+        except ValueError:
+            self._is_sleeping = was_sleeping
+            raise
+
+    async def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Puts back what `sleep` took, see `Engine.wake_up`.
+
+        Raises:
+          ValueError: an unknown tag, or the checkpoint cannot be read again.
+        """
+        await self._call(lambda: self.engine.wake_up(tags))
+        self._is_sleeping = bool(self.engine.sleeper.asleep)
+
+    async def _call[T](self, function: Callable[[], T]) -> T:
+        """What the function returns or, as a ValueError, raises in the engine's thread, between two steps."""
         self._check_alive()
-        done: asyncio.Future[bool] = self._loop.create_future()
+        done: asyncio.Future[T] = self._loop.create_future()
 
-        def reset() -> None:
-            self._loop.call_soon_threadsafe(done.set_result, self.engine.reset_prefix_cache())
+        def settle(result: T | None, error: ValueError | None) -> None:
+            if not done.done():  # whoever waited may have gone
+                done.set_result(result) if error is None else done.set_exception(error)  # type: ignore[arg-type]
 
-        self._inbox.put(reset)
+        def call() -> None:
+            try:
+                self._loop.call_soon_threadsafe(settle, function(), None)
+            except ValueError as error:
+                self._loop.call_soon_threadsafe(settle, None, error)
+
+        self._calls.add(done)
+        done.add_done_callback(self._calls.discard)
+        self._inbox.put(call)
         return await done
 
     # The engine's thread
@@ -224,7 +295,9 @@ class AsyncEngine:
             self._set_phase("ready")
             self._loop.call_soon_threadsafe(self._ready.set_result, None)
             while self._take_inbox():
+                self._step_began = time.monotonic()
                 outputs = self._engine.step()
+                self._step_began = None
                 if outputs:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             for request_id in list(self._engine.request_ids):
@@ -270,6 +343,8 @@ class AsyncEngine:
         self.phase = "failed"
         for stream in self._streams.values():
             stream.put_nowait(self._dead())
+        for call in list(self._calls):
+            call.set_exception(self._dead())
 
     def _check_alive(self) -> None:
         if self.error is not None:

@@ -6,23 +6,26 @@ Not thread-safe: one thread adds, aborts and steps. `AsyncEngine` and `LLM` are 
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 
 from qjax.config import EngineConfig
 from qjax.engine.answers import Answer, Group
 from qjax.engine.block_pool import BlockPool
 from qjax.engine.ending import host_end
-from qjax.engine.loading import Loaded, load
+from qjax.engine.loading import Loaded, load, load_weights
 from qjax.engine.logit_edits import bad_words_token_ids
 from qjax.engine.metrics import Metrics
 from qjax.engine.repetition import loop_detector
 from qjax.engine.request import Request
 from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
+from qjax.engine.sleeping import TAGS, Sleeper
 from qjax.engine.step import StepOptions
-from qjax.engine.weights import check_weights, replace_weights
-from qjax.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from qjax.engine.weights import update
+from qjax.outputs import Logprob, RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.constraint import make_constraint
 from qjax.text.detokenizer import Detokenizer
@@ -65,6 +68,8 @@ class Engine:
         self.runner = Runner(
             loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan, pooling=bool(loaded.pooling)
         )
+        where = (config, loaded.folder, loaded.model_config, loaded.mesh, jnp.dtype(self.plan.dtype))
+        self.sleeper = Sleeper(self.runner, partial(load_weights, *where, progress=progress))
         self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
             SchedulerConfig(
@@ -82,6 +87,7 @@ class Engine:
         self._answers: dict[str, tuple[Group, Answer]] = {}  # by the sequence's own id
         self._flight: InFlight | None = None
         self._seeds = random.Random(config.seed)
+        self.num_waiting = 0  # sequences that the last step had no place for
         if self.plan.is_gpu and not config.enforce_eager:
             on_phase("compiling")
             self.runner.compile_ahead([self._usual_options()], progress=progress)
@@ -163,6 +169,7 @@ class Engine:
 
     def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""
+        self.sleeper.check_awake(*TAGS)
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is in use by a running request.")
         num_tokens, vocab = len(prompt_token_ids), self.model_config.vocab_size
@@ -212,9 +219,10 @@ class Engine:
         flight = None if batch.is_empty else self.runner.dispatch(batch)
         touched |= self._update()
         self._flight = flight
+        self.num_waiting = self.scheduler.num_waiting
         self.metrics.on_step(
             running=self.scheduler.num_running,
-            waiting=self.scheduler.num_waiting,
+            waiting=self.num_waiting,
             kv_usage=self.pool.usage,
             preempted=len(batch.preempted),
         )
@@ -304,44 +312,11 @@ class Engine:
 
     def _emit(self, group: Group) -> RequestOutput | None:
         """What is new in a request since the last call; forgets the request once all has been said."""
-        outputs = []
-        for answer in group.answers:
-            request = answer.request
-            if answer.is_reported or not (answer.token_ids or request.is_finished):
-                continue
-            answer.is_reported = request.is_finished
-            outputs.append(
-                CompletionOutput(
-                    index=answer.index,
-                    text=answer.text,
-                    token_ids=answer.token_ids,
-                    cumulative_logprob=answer.cumulative_logprob if request.params.logprobs is not None else None,
-                    logprobs=answer.logprobs if request.params.logprobs is not None else None,
-                    finish_reason=request.finish_reason,
-                    stop_reason=request.stop_reason,
-                )
-            )
-            answer.text, answer.token_ids, answer.logprobs = "", [], []
-        finished = all(answer.is_reported for answer in group.answers)
-        if finished:
+        output = group.take()
+        if group.is_reported:
             del self._groups[group.request_id]
             for answer in group.answers:
                 del self._answers[answer.request.request_id]
-        if not outputs:
-            return None
-        first = group.answers[0].request
-        output = RequestOutput(
-            request_id=group.request_id,
-            prompt=group.prompt,
-            prompt_token_ids=first.prompt_token_ids,
-            outputs=outputs,
-            finished=finished,
-            prompt_logprobs=group.prompt_logprobs,
-            num_cached_tokens=first.num_cached_tokens,
-            metrics=RequestMetrics(
-                first.arrival_time, first.first_scheduled_time, first.first_token_time, first.finished_time
-            ),
-        )
         return output
 
     def reset_prefix_cache(self) -> bool:
@@ -357,18 +332,28 @@ class Engine:
         Raises:
           ValueError: requests run, or an array has another shape than the model's.
         """
+        self._settle("update_weights", "their answers would be of two models")
+        self.sleeper.check_awake("weights")
+        update(self.runner, params)
+        self.reset_prefix_cache()
+
+    def sleep(self, level: int = 1) -> None:
+        """Gives the devices' memory back. Level 1 keeps the weights in the host's memory, level 2 does not.
+
+        Raises:
+          ValueError: requests run, or the engine sleeps already.
+        """
+        self._settle("sleep", "they would lose their KV cache")
+        self.sleeper.sleep(level)
+        self.reset_prefix_cache()
+
+    def wake_up(self, tags: Sequence[str] | None = None) -> None:
+        """Puts back what `sleep` took, or only "weights" or "kv_cache"; after level 2 the checkpoint is read again."""
+        self.sleeper.wake_up(tags)
+
+    def _settle(self, what: str, why: str) -> None:
+        """Reads what is in flight. Raises ValueError if requests run."""
         if self.has_unfinished:
-            raise ValueError(
-                f"update_weights: {len(self._groups)} request(s) run; their answers would be of two models. Wait for "
-                "them or abort them first."
-            )
+            raise ValueError(f"{what}: {len(self._groups)} request(s) run; {why}. Wait for them or abort them first.")
         while self.has_work:
             self.step()
-        runner = self.runner
-        check_weights(runner.leaves, params, runner.modeldef.paths)
-        leaves, runner.leaves = list(runner.leaves), ()
-        try:
-            replace_weights(leaves, params)
-        finally:
-            runner.leaves = tuple(leaves)
-        self.reset_prefix_cache()

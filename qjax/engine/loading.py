@@ -68,21 +68,40 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
 
     on_phase("downloading and loading the weights")
     dtype = jnp.dtype(sizes.dtype)
-    modeldef, abstract = abstract_model(model_config, dtype, mesh)
+    modeldef, _ = abstract_model(model_config, dtype, mesh)
     weight = None
     has_weight = pooling is not None and pooling.kind == "score" and pooling.tokens is None
     if config.load_format == "dummy":
-        leaves = dummy_params(abstract, modeldef, seed=config.seed)
         if has_weight:
             weight = np.random.default_rng(config.seed).standard_normal(model_config.hidden_size, np.float32)
     else:
         folder = hub.resolve(config.model, revision=config.revision, **where)
         if has_weight:
             weight = score_weight(open_folder(folder), model_config.hidden_size)
-        leaves = load_params(folder, model_config, mesh, dtype, progress=progress)
+    leaves = load_weights(config, folder, model_config, mesh, dtype, progress=progress)
     return Loaded(
         folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight
     )
+
+
+def load_weights(
+    config: EngineConfig,
+    folder: Path,
+    model_config: ModelConfig,
+    mesh: jax.sharding.Mesh,
+    dtype: Any,
+    *,
+    progress: bool,
+) -> tuple[jax.Array, ...]:
+    """The model's leaves on its devices, from the checkpoint's files or made up.
+
+    Raises:
+      ValueError: the files are not this model's.
+    """
+    if config.load_format == "dummy":
+        modeldef, abstract = abstract_model(model_config, dtype, mesh)
+        return dummy_params(abstract, modeldef, seed=config.seed)
+    return load_params(folder, model_config, mesh, dtype, progress=progress)
 
 
 def start_devices(config: EngineConfig) -> list[jax.Device]:

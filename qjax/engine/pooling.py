@@ -18,6 +18,7 @@ from qjax.engine.answers import Answer, Group
 from qjax.engine.engine import Engine
 from qjax.engine.loading import Loaded, load
 from qjax.engine.request import Request
+from qjax.engine.sleeping import TAGS
 from qjax.engine.step import StepOptions
 from qjax.models.qwen3 import merge
 from qjax.outputs import EmbeddingOutput, PoolingRequestOutput, ScoringOutput
@@ -93,6 +94,7 @@ class PoolingEngine(Engine):
 
     def check_pooling_request(self, request_id: str, prompt_token_ids: list[int], params: PoolingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""
+        self.sleeper.check_awake(*TAGS)
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is in use by a running request.")
         num_tokens, vocab, size = len(prompt_token_ids), self.model_config.vocab_size, self.model_config.hidden_size

@@ -80,6 +80,8 @@ class _Slot:
 class CompileStats:
     count: int = 0
     seconds: float = 0.0
+    is_running: bool = False
+    ended: float = 0.0  # when the last did, in time.monotonic's seconds
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Runner:
     compiles: CompileStats = field(default_factory=CompileStats)
 
     def __post_init__(self) -> None:
-        plan, model = self.plan, self.model_config
+        plan = self.plan
         self.buckets = Buckets(
             is_gpu=plan.is_gpu,
             max_num_seqs=plan.max_num_seqs,
@@ -105,17 +107,8 @@ class Runner:
             max_pages=plan.pages_per_sequence,
         )
         self.replicated = sharding.replicated(self.mesh)
+        self.make_cache()
         num_slots = plan.max_num_seqs
-        heads, _ = sharding.split_heads(
-            model.num_attention_heads, model.num_key_value_heads, sharding.tensor_parallel_size(self.mesh)
-        )
-        shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
-        self.kv = self._zeros(shape, jnp.dtype(plan.dtype), sharding.kv_cache_sharding(self.mesh))
-        self.state = DeviceState(
-            self._zeros((num_slots + 1,), jnp.int32), self._zeros((num_slots + 1, plan.pages_per_sequence), jnp.int32)
-        )
-        self.counts: TokenCounts | None = None
-        self.slots = [_Slot() for _ in range(num_slots + 1)]
         self.params = {
             "temperature": np.zeros(num_slots + 1, np.float32),
             "top_p": np.ones(num_slots + 1, np.float32),
@@ -127,6 +120,20 @@ class Runner:
             "frequency": np.zeros(num_slots + 1, np.float32),
         }
         self._compiled: dict[tuple[Bucket, StepOptions], Callable] = {}
+
+    def make_cache(self) -> None:
+        """An empty KV cache, and tables that know of no request."""
+        plan, model, num_slots = self.plan, self.model_config, self.plan.max_num_seqs
+        heads, _ = sharding.split_heads(
+            model.num_attention_heads, model.num_key_value_heads, sharding.tensor_parallel_size(self.mesh)
+        )
+        shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
+        self.kv = self._zeros(shape, jnp.dtype(plan.dtype), sharding.kv_cache_sharding(self.mesh))
+        self.state = DeviceState(
+            self._zeros((num_slots + 1,), jnp.int32), self._zeros((num_slots + 1, plan.pages_per_sequence), jnp.int32)
+        )
+        self.counts: TokenCounts | None = None
+        self.slots = [_Slot() for _ in range(num_slots + 1)]
 
     def _zeros(self, shape, dtype, placement=None) -> jax.Array:
         return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=placement or self.replicated)()
@@ -320,7 +327,9 @@ class Runner:
         key = (bucket, options)
         if key not in self._compiled:
             started = time.perf_counter()
+            self.compiles.is_running = True
             self._compiled[key] = self._lower(bucket, options).compile()
+            self.compiles.is_running, self.compiles.ended = False, time.monotonic()
             self.compiles.count += 1
             self.compiles.seconds += time.perf_counter() - started
             log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 import jax
 
+from qjax.engine.runner import Runner
+
 
 def check_weights(leaves: Sequence[jax.Array], new: Sequence[jax.Array], paths: Sequence[str]) -> None:
     """Raises ValueError if `new` are not arrays for `leaves`, which lie at `paths` of the model."""
@@ -12,6 +14,16 @@ def check_weights(leaves: Sequence[jax.Array], new: Sequence[jax.Array], paths: 
     for path, old, array in zip(paths, leaves, new, strict=True):
         if array.shape != old.shape:
             raise ValueError(f"params: {path} has shape {list(array.shape)}, the model's has {list(old.shape)}.")
+
+
+def update(runner: Runner, params: Sequence[jax.Array]) -> None:
+    """The runner's leaves become copies of `params`."""
+    check_weights(runner.leaves, params, runner.modeldef.paths)
+    leaves, runner.leaves = list(runner.leaves), ()
+    try:
+        replace_weights(leaves, params)
+    finally:
+        runner.leaves = tuple(leaves)
 
 
 def replace_weights(leaves: list[jax.Array], new: Sequence[jax.Array]) -> None:
