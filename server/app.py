@@ -10,6 +10,7 @@ from qjax.config import ServerConfig
 from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.cors import install_cors
+from qjax.server.embeddings import EmbeddingChatRequest, EmbeddingRequest, embeddings
 from qjax.server.errors import ApiError, Handler, error_middleware
 from qjax.server.messages import count_tokens, messages
 from qjax.server.messages_errors import is_anthropic, messages_error_middleware
@@ -17,6 +18,7 @@ from qjax.server.messages_protocol import CountTokensRequest, MessagesRequest
 from qjax.server.page import PAGE_ROUTES
 from qjax.server.protocol import ChatRequest, CompletionRequest
 from qjax.server.request_id import add_request_id
+from qjax.server.rerank import RerankRequest, ScoreRequest, rerank, score
 from qjax.server.responses import responses
 from qjax.server.responses_protocol import ResponsesRequest
 from qjax.server.routes import Route, add_routes
@@ -33,6 +35,12 @@ ROUTES = [
     Route("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", body=CountTokensRequest),
     Route("POST", "/tokenize", tokenize, "Token ids of a text or of a conversation", body=TokenizeRequest),
     Route("POST", "/detokenize", detokenize, "The text of token ids", body=DetokenizeRequest),
+    Route("POST", "/v1/embeddings", embeddings, "Texts as vectors", body=(EmbeddingRequest, EmbeddingChatRequest)),
+    *(Route("POST", p, score, "Relevance of texts", body=ScoreRequest) for p in ("/v1/score", "/score")),
+    *(
+        Route("POST", p, rerank, "Documents by their relevance", body=RerankRequest)
+        for p in ("/v1/rerank", "/rerank", "/v2/rerank")
+    ),
     Route("GET", "/v1/models", models, "The served model under its names"),
     # names of models have slashes
     Route("GET", "/v1/models/{model:.+}", model, "One name of the served model", statuses=(404,)),

@@ -176,17 +176,16 @@ class TestEmbed:
 
 
 class TestScore:
-    def test_a_score_is_the_share_of_yes(self, reranker, tiny_folder):
-        """Against the generating engine's own probabilities of the next token."""
-        outputs = reranker.score("Which city?", ["Oslo", "Paris is a city.", "x " * 20], use_tqdm=False)
-        generating = make_llm(tiny_folder, max_logprobs=-1, **FEW_SHAPES)
-        no, yes = (generating.get_tokenizer().encode(t)[0] for t in "ny")
-        params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=-1)
-        tokens = generating.generate([o.prompt_token_ids for o in outputs], params, use_tqdm=False)
-        for output, token in zip(outputs, tokens, strict=True):
-            row = token.outputs[0].logprobs[0]
-            p_no, p_yes = np.exp(row[no].logprob), np.exp(row[yes].logprob)
-            assert output.outputs.score == pytest.approx(p_yes / (p_yes + p_no), abs=1e-5)
+    def test_a_score_is_that_of_the_prompt(self, reranker):
+        documents = ["Oslo", "Paris is a city."]
+        outputs = reranker.score("Which city?", documents, use_tqdm=False)
+        prompt = RerankPrompt(reranker.get_tokenizer())
+        assert [o.prompt_token_ids for o in outputs] == [prompt.token_ids("Which city?", d) for d in documents]
+        logits = reranker.score(
+            "Which city?", documents, pooling_params=PoolingParams(use_activation=False), use_tqdm=False
+        )
+        scores = [1 / (1 + np.exp(-o.outputs.score)) for o in logits]
+        np.testing.assert_allclose([o.outputs.score for o in outputs], scores, **CLOSE)
 
     def test_pairs(self, reranker):
         both = reranker.score(["a", "b"], ["c", "d"], use_tqdm=False)
@@ -207,6 +206,12 @@ class TestScore:
         reranker.update_weights(old)
         (again,) = reranker.score("a", "b", use_tqdm=False)
         assert again.outputs.score == pytest.approx(before.outputs.score, abs=1e-6)
+
+    def test_on_two_devices(self, reranker, tiny_folder):
+        overrides = {"classifier_from_token": ["n", "y"]}
+        split = make_llm(tiny_folder, hf_overrides=overrides, tensor_parallel_size=2, **FEW_SHAPES)
+        (ours,), (theirs,) = (llm.score("Which city?", "Oslo", use_tqdm=False) for llm in (split, reranker))
+        assert ours.outputs.score == pytest.approx(theirs.outputs.score, abs=1e-5)
 
     def test_an_answer_must_be_one_token(self, tiny_folder):
         with pytest.raises(ValueError, match=r"classifier_from_token: 'no such' is no token"):
