@@ -9,7 +9,11 @@ from qjax.server.routes import Route
 
 _FOLDER = Path(__file__).parent / "page"
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_FILES = {"/" if file.name == "index.html" else f"/page/{file.name}": file for file in sorted(_FOLDER.iterdir())}
+_FILES = {
+    "/" if file.name == "index.html" else f"/page/{file.name}": file
+    for file in sorted(_FOLDER.iterdir())
+    if file.suffix in _TYPES
+}
 _HEADERS = {
     # nothing from elsewhere, nothing inline: what a model writes cannot become a script
     "Content-Security-Policy": "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",

@@ -114,16 +114,15 @@ async function ask() {
   const { signal } = setRunning(new AbortController());
   try {
     await receive(body, answer, view, signal);
-    view.finish();
+    keepAtEnd(() => view.finish());
   } catch (error) {
-    if (signal.aborted) view.finish("You stopped the answer.");
-    else view.fail(error.message, regenerate);
+    if (signal.aborted) keepAtEnd(() => view.finish("You stopped the answer."));
+    else keepAtEnd(() => view.fail(error.message, regenerate));
     if (!(error instanceof ApiError || signal.aborted)) console.error(error);
   }
   entry.messages = answer.messages;
   setRunning(null);
   status.textContent = "";
-  keepAtEnd(() => {});
   if (answer.wantsResults && !message.value) view.node.querySelector(".results textarea").focus();
 }
 

@@ -11,7 +11,7 @@ const ENDINGS = {
 export function userTurn(text, onEdit) {
   const edit = button("Edit", onEdit);
   const bubble = element("p", { className: "bubble" }, text);
-  return element("article", { className: "turn user", ariaLabel: "You" }, bubble, actions(edit));
+  return element("article", { className: "turn user", ariaLabel: "You" }, actions(edit), bubble);
 }
 
 /** An answer's node, drawn at most once a frame. */
@@ -25,7 +25,7 @@ export class AnswerView {
   constructor(answer, { onRegenerate, onResults }) {
     this.#answer = answer;
     this.onResults = onResults;
-    this.waiting = element("p", { className: "waiting", ariaLabel: "Waiting for the answer" });
+    this.waiting = element("p", { className: "waiting", role: "img", ariaLabel: "Waiting for the answer" });
     this.summary = element("summary");
     this.reasoning = element("p", { className: "reasoning" });
     this.thinking = element("details", { hidden: true }, this.summary, this.reasoning);
@@ -57,7 +57,7 @@ export class AnswerView {
     cancelAnimationFrame(this.#frame);
     this.#isDone = true;
     this.#show();
-    this.end.textContent = ending || ENDINGS[this.#answer.finishReason] || "";
+    this.end.textContent = ending || ENDINGS[this.#answer.finishReason] || (this.#answer.hasBegun ? "" : "The answer is empty.");
     if (this.#answer.wantsResults) this.calls.after(this.#resultsForm());
   }
 

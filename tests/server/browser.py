@@ -5,7 +5,6 @@ import base64
 import contextlib
 import itertools
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -26,12 +25,22 @@ SHIFT = 8
 
 @contextlib.contextmanager
 def running_chromium(folder: Path) -> Iterator[str]:
-    """Yields the address of the browser's socket."""
+    """Yields the address of the browser's socket.
+
+    Raises:
+      OSError: it does not start here.
+    """
     command = [str(CHROMIUM), *FLAGS, "--remote-debugging-port=0", f"--user-data-dir={folder}", "about:blank"]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    listens_at = folder / "DevToolsActivePort"  # written once it does: the port, and the path of the socket
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            lines = (re.search(r"DevTools listening on (ws://\S+)", line) for line in process.stderr)
-            yield next(match[1] for match in lines if match)
+            end = time.monotonic() + 60
+            while not (listens_at.exists() and "\n/" in listens_at.read_text()):
+                if process.poll() is not None or time.monotonic() > end:
+                    raise OSError(f"{CHROMIUM} does not start; its exit code is {process.poll()}.")
+                time.sleep(0.05)
+            port, path = listens_at.read_text().split()
+            yield f"ws://127.0.0.1:{port}{path}"
         finally:
             process.terminate()
 
@@ -99,7 +108,7 @@ class Page:
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
-    async def until(self, expression: str, timeout: float = 15.0) -> None:
+    async def until(self, expression: str, timeout: float = 30.0) -> None:
         """Waits until an expression is true."""
         end = time.monotonic() + timeout
         while not await self.js(f"!!({expression})"):
