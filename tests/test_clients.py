@@ -1,8 +1,13 @@
-"""The clients that people have, against a live server with the built-in model: openai, LangChain, lm-eval."""
+"""The clients that people have, against a live server with the built-in model: openai, LangChain, lm-eval.
+
+The Python examples of docs/api.md run here too.
+"""
 
 import asyncio
 import json
+import re
 import threading
+from pathlib import Path
 
 import openai
 import pydantic
@@ -28,6 +33,15 @@ OPTIONS = {
     "kv_cache_memory_bytes": "64MiB",
     "max_num_seqs": 1,
     "max_num_batched_tokens": 32,
+    "override_generation_config": {"temperature": 0.0},  # of the examples, which name none
+}
+API = (Path(__file__).parent.parent / "docs" / "api.md").read_text(encoding="utf-8")
+OTHER_MODELS = ("Embeddings and reranking",)  # their examples need other servers
+EXAMPLES = {
+    f"{section.partition('\n')[0]} {i}": code
+    for section in API.split("\n## ")
+    if not section.startswith(OTHER_MODELS)
+    for i, code in enumerate(re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S))
 }
 
 
@@ -154,6 +168,20 @@ class TestLangChain:
         asked = chat.with_structured_output(Person, method=method, include_raw=True)
         answer = asked.invoke("Tom is 32 years old. Give name and age as JSON.")
         assert isinstance(answer["parsed"], Person), answer
+
+
+class TestExamples:
+    def test_there_are_some(self):
+        assert {"Chat 0", "Chat 1", "Chat 2", "Completions 0"} <= set(EXAMPLES)
+
+    @pytest.mark.parametrize("name", EXAMPLES)
+    def test_it_runs_as_it_stands(self, url, name, capsys):
+        code = EXAMPLES[name]
+        assert "http://localhost:8000" in code
+        if "anthropic" in code:
+            pytest.importorskip("anthropic")
+        exec(compile(code.replace("http://localhost:8000", url), name, "exec"), {"__name__": "example"})
+        assert capsys.readouterr().out.strip()
 
 
 class TestLmEval:
