@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import re
 import struct
+from pathlib import Path
 
 import aiohttp
 import httpx
@@ -23,6 +25,7 @@ OPTIONS["max_model_len"] = 256
 RERANKER = {"hf_overrides": {"classifier_from_token": ["n", "y"]}}
 CLOSE = {"rtol": 0, "atol": 1e-5}
 END = 486  # <|endoftext|>
+API = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
 TEXTS = ["Hello", "What is the capital of Norway? " * 8, "One, two"]
 EMBEDDINGS = "/v1/embeddings"
 
@@ -74,6 +77,15 @@ async def embedder(start, monkeypatch):
 async def reranker(start, monkeypatch):
     monkeypatch.setattr("tests.server.conftest.FakeEngine", RerankingFake)
     return await start()
+
+
+async def run_example(index, url, capsys):
+    """What the index-th Python example of the documentation prints."""
+    section = re.search(r"^## Embeddings and reranking\n(.*?)(?=^## |\Z)", API, re.M | re.S)[1]
+    code = re.findall(r"^```python\n(.*?)^```$", section, re.M | re.S)[index]
+    capsys.readouterr()
+    await asyncio.to_thread(exec, code.replace("http://localhost:8000", url), {})
+    return capsys.readouterr().out
 
 
 async def post(url, path, body):
@@ -128,6 +140,7 @@ class TestRealEngine:
             assert status == 400 and "--runner generate" in error_of(body, 400)
             assert engine.num_unfinished == 0 and not engine.engine.has_work
             assert "/v1/embeddings" in capsys.readouterr().out, "the example that is printed"
+            assert len(json.loads(await run_example(0, url, capsys))) == 2
             engine.engine.scheduler.check_integrity()
 
     async def test_scores_and_reranking(self, tiny_folder, capsys):  # noqa: F811
@@ -165,6 +178,7 @@ class TestRealEngine:
             assert [set(r) for r in got["results"]] == [{"index", "relevance_score"}]
             assert got["results"][0]["index"] == order[0] and got["usage"]["prompt_tokens"] > 300
             assert "/v1/rerank" in capsys.readouterr().out
+            assert "Oslo is the capital of Norway." in await run_example(1, url, capsys)
 
 
 class TestEmbeddings:
