@@ -24,6 +24,7 @@ from qjax.config import EngineConfig, ServerConfig
 from qjax.server.app import api_keys, make_app
 from qjax.server.errors import ApiError, bad_request
 from qjax.server.lifecycle import read_chat_template
+from qjax.server.listening import make_runner
 from qjax.server.schema import body_field, parse
 from qjax.server.sse import encode_json
 from qjax.server.state import AsyncEngine, ServerState
@@ -115,7 +116,7 @@ async def run_engine(engine: AsyncEngine, config: ServerConfig, options: BatchOp
 @contextlib.asynccontextmanager
 async def _application(engine: AsyncEngine, config: ServerConfig) -> AsyncIterator[aiohttp.ClientSession]:
     """The server's application on a socket of its own, its engine ready, and a client for it."""
-    runner = web.AppRunner(make_app(ServerState(engine, config, read_chat_template(config))), access_log=None)
+    runner = make_runner(make_app(ServerState(engine, config, read_chat_template(config))), config)
     headers = {"Content-Type": "application/json"}
     if keys := api_keys(config):
         headers["Authorization"] = f"Bearer {keys[0]}"

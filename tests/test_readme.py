@@ -89,7 +89,10 @@ def test_endpoints_are_those_of_the_server() -> None:
     assert {path for _, path in routes} == {path for _, path in listed}
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/LOG.md"])
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/LOG.md", "docs/api.md", "docs/migration.md"],
+)
 def test_links_and_paths_exist(document: str) -> None:
     path = ROOT / document
     text = path.read_text(encoding="utf-8")
