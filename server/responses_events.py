@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qjax.server.errors import ApiError
-from qjax.server.responses_protocol import ResponsesRequest
+from qjax.server.responses_protocol import ResponsesRequest, fields_of
 from qjax.server.turn import Turn
 from qjax.text.parsed import CallArguments, CallEnded, CallStarted, Content, Event, Reasoning
 
 _ID_PREFIXES = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 _TEXT_NAMES = {"reasoning": "reasoning_text", "message": "output_text", "function_call": "function_call_arguments"}
-_INCOMPLETE = {"length": "max_output_tokens", "repetition": "repetition"}  # chat's finish reason -> `reason`
+# chat's finish reason -> `reason`, which has no word for a loop
+_INCOMPLETE = {"length": {"reason": "max_output_tokens"}, "repetition": {"reason": None}}
 _HEADS: dict[str, dict[str, Any]] = {
     "reasoning": {"summary": [], "encrypted_content": None},
     "message": {"role": "assistant"},
@@ -80,8 +81,8 @@ class ResponseWriter:
                 return self._close("completed" if is_complete else "incomplete")
 
     def end(self) -> list[dict[str, Any]]:
-        reason = _INCOMPLETE.get(self._turn.finish_reason or "")
-        status, details = ("incomplete", {"reason": reason}) if reason else ("completed", None)
+        details = _INCOMPLETE.get(self._turn.finish_reason or "")
+        status = "completed" if details is None else "incomplete"
         events = self._close(status)
         self.result = self._response(status, incomplete_details=details, usage=self._usage())
         return [*events, self._event(f"response.{status}", response=self.result)]
@@ -175,7 +176,7 @@ class ResponseWriter:
             "tool_choice": _given(body.tool_choice)
             if dataclasses.is_dataclass(body.tool_choice)
             else body.tool_choice or "auto",
-            "tools": [dataclasses.asdict(tool) for tool in body.tools or []],
+            "tools": [fields_of(tool) for tool in body.tools or []],
             "top_logprobs": 0,
             "top_p": params.top_p,
             "truncation": body.truncation,
@@ -197,4 +198,4 @@ class ResponseWriter:
 
 def _given(value: Any) -> dict[str, Any]:
     """A part of the request as it came, without what it left out."""
-    return {k: v for k, v in dataclasses.asdict(value).items() if v is not None}
+    return {k: v for k, v in fields_of(value).items() if v is not None}

@@ -13,6 +13,11 @@ from qjax.server.schema import Refused, body_field
 NAMES = {"max_tokens": "max_output_tokens", "response_format": "text.format", "messages": "input"}
 
 
+def fields_of(value: Any) -> dict[str, Any]:
+    """One level of `dataclasses.asdict`, which copies a client's JSON however deep it is."""
+    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class FunctionTool:
     type: Literal["function"] = body_field("The server has no tools of its own", MISSING)
@@ -29,7 +34,7 @@ class FunctionTool:
     }
 
     def chat_tool(self) -> dict[str, Any]:
-        function = {k: v for k, v in dataclasses.asdict(self).items() if k != "type" and v is not None}
+        function = {k: v for k, v in fields_of(self).items() if k != "type" and v is not None}
         return {"type": "function", "function": function}
 
 
@@ -37,7 +42,7 @@ class FunctionTool:
 class ResponsesToolChoice:
     type: Literal["function", "allowed_tools"] = body_field("One function, or only some of the tools", MISSING)
     name: str | None = body_field("Of type function: the one to call")
-    mode: Literal["auto", "required"] = body_field("Of type allowed_tools", "auto")
+    mode: Literal["auto", "required"] | None = body_field("Of type allowed_tools; auto if absent")
     tools: list[dict[str, Any]] | None = body_field('Of type allowed_tools: {"type": "function", "name": …} each')
 
     def __post_init__(self) -> None:
@@ -169,4 +174,4 @@ class ResponsesRequest(SamplingFields):
         if choice.type == "function":
             return {"type": "function", "function": {"name": choice.name}}
         allowed = [{"type": "function", "function": {"name": tool.get("name")}} for tool in choice.tools or []]
-        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode, "tools": allowed}}
+        return {"type": "allowed_tools", "allowed_tools": {"mode": choice.mode or "auto", "tools": allowed}}

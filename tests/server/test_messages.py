@@ -199,6 +199,14 @@ class TestAnswer:
         assert not await is_closed(output_config={"effort": "low"})
         assert await is_closed(output_config={"effort": "low"}, thinking={"type": "disabled"})
 
+    @pytest.mark.parametrize("choice", [{"type": "any"}, {"type": "tool", "name": "get_weather"}])
+    async def test_demanded_calls(self, says, choice):
+        server = await says(CALL)
+        message = await both(server, tools=[TOOL, {**TOOL, "name": "other"}], tool_choice=choice)
+        assert ([b["type"] for b in message["content"]], message["stop_reason"]) == (["tool_use"], "tool_use")
+        grammar = json.dumps(server.engine.calls[-1][2].structured_outputs.structural_tag)
+        assert "get_weather" in grammar and ("other" in grammar) == (choice["type"] == "any")
+
     async def test_a_json_schema(self, says):
         server = await says('{"a": 1}')
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
@@ -309,6 +317,22 @@ class TestErrors:
             assert (await client_of(server, **options).messages.create(model="", **body)).content
         with pytest.raises(anthropic.AuthenticationError):
             await client_of(server, api_key="wrong").messages.create(model="", **body)
+
+    @pytest.mark.parametrize("depth", [300, 700, 900, 950, 990])
+    async def test_deep_nesting_is_never_a_fault_of_the_server(self, says, depth):
+        server = await says("Hi", max_model_len=8192)
+        deep = '{"a":' * depth + "1" + "}" * depth
+        call = '{"role": "assistant", "content": [{"type": "tool_use", "id": "x", "name": "f", "input": %s}]}'
+        for body in (
+            '{"max_tokens": 1, "messages": [' + call + ', {"role": "user", "content": "x"}]}',
+            '{"max_tokens": 1, "messages": [{"role": "user", "content": [%s]}]}',
+            '{"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "tools": [%s]}',
+            '{"max_tokens": 1, "messages": [], "tools": [{"name": "f", "input_schema": %s}]}',
+            '{"max_tokens": 1, "messages": [{"role": "user", "content": "x"}], "metadata": %s}',
+        ):
+            data = (body % deep).encode()
+            status, got, _ = await server.post(PATH, data=data, headers={"Content-Type": "application/json"})
+            assert status in (200, 400), (body, got)
 
     async def test_while_loading(self, start):
         server = await start(wait=False, phases=["loading the weights"])

@@ -172,6 +172,20 @@ class TestAnswer:
         assert answer["usage"]["output_tokens"] == part and answer["completed_at"] is None
         assert [(item["type"], item["status"]) for item in answer["output"]] == [(kind, "incomplete")]
 
+    async def test_a_loop(self, says):
+        server = await says("One, two")
+        run = server.engine._run
+
+        async def looping(*args):
+            async for output in run(*args):
+                for delta in output.outputs:
+                    object.__setattr__(delta, "finish_reason", delta.finish_reason and "repetition")
+                yield output
+
+        server.engine._run = looping
+        answer = await both(server)
+        assert (answer["status"], answer["incomplete_details"]) == ("incomplete", {"reason": None})
+
     async def test_a_json_schema(self, says):
         server = await says('{"a": 1}')
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
@@ -209,6 +223,22 @@ class TestInput:
         await server.client.responses.create(model="", input=items, tools=[TOOL])
         one, two = (server.engine.tokenizer.decode(c[1], skip_special_tokens=False) for c in server.engine.calls)
         assert two.startswith(f"{one}{text}<|im_end|>\n") and two.count("sunny") == 2
+
+    @pytest.mark.parametrize(
+        "choice",
+        [
+            "required",
+            {"type": "function", "name": "get_weather"},
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]},
+        ],
+    )
+    async def test_demanded_calls(self, says, choice):
+        server = await says(CALL)
+        answer = await both(server, tools=[TOOL, {**TOOL, "name": "other"}], tool_choice=choice)
+        assert [item["type"] for item in answer["output"]] == ["function_call"]
+        assert answer["tool_choice"] == choice and [t["name"] for t in answer["tools"]] == ["get_weather", "other"]
+        grammar = json.dumps(server.engine.calls[-1][2].structured_outputs.structural_tag)
+        assert "get_weather" in grammar and ("other" in grammar) == (choice == "required")
 
     async def test_effort_turns_thinking_on_and_off(self, says):
         server = await says("Hi", {"default_chat_template_kwargs": {"enable_thinking": False}})
@@ -319,6 +349,23 @@ class TestRefusals:
 
 
 class TestFailures:
+    @pytest.mark.parametrize("depth", [300, 700, 900, 950, 990])
+    async def test_deep_nesting_is_never_a_fault_of_the_server(self, says, depth):
+        server = await says("Hi", max_model_len=8192)
+        deep = '{"a":' * depth + "1" + "}" * depth
+        tool = '{"type": "function", "name": "f", "parameters": %s}'
+        for body in (
+            '{"input": "x", "tools": [' + tool + "]}",
+            '{"input": "x", "tool_choice": "none", "tools": [' + tool + "]}",
+            '{"input": "x", "text": {"format": {"type": "json_schema", "schema": %s}}}',
+            '{"input": "x", "chat_template_kwargs": %s}',
+            '{"input": [%s]}',
+            '{"input": [{"role": "user", "content": [%s]}]}',
+        ):
+            data = (body % deep).encode()
+            status, got, _ = await server.post(PATH, data=data, headers={"Content-Type": "application/json"})
+            assert status in (200, 400), (body, got)
+
     async def test_a_failure_while_streaming(self, says):
         server = await says("One two three four")
         server.engine.error_after = 2
