@@ -22,6 +22,7 @@ from qjax.sampling_params import SamplingParams
 from qjax.text.answer_parser import AnswerParser
 from qjax.text.pooling import RerankPrompt, cosine, cut, embedding_ids, instructed, pairs
 from qjax.text.tokenizer import Tokenizer
+from qjax.text.tool_grammar import ToolChoice, with_tools
 
 if TYPE_CHECKING:
     import jax
@@ -100,6 +101,7 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[dict[str, Any]] | None = None,
+        tool_choice: str | dict[str, Any] | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         parse: bool = False,
     ) -> list[RequestOutput]:
@@ -107,7 +109,10 @@ class LLM:
 
         Args:
           chat_template: replaces the tokenizer's template.
-          tools: function definitions that the template writes into the prompt.
+          tools: function definitions that the template writes into the prompt. The arguments of a `strict` one obey
+            its schema.
+          tool_choice: as in OpenAI's API: "auto", "none", "required", one function, or allowed_tools; calls that it
+            demands obey the functions' schemas. What `structured_outputs` asks for holds beside calls.
           chat_template_kwargs: given to the template, such as `{"enable_thinking": False}`.
           parse: also give each answer its `message`, as the server returns it: with reasoning, content and tool calls
             told apart. It can be put behind `messages` as it is.
@@ -117,6 +122,9 @@ class LLM:
         """
         is_one = bool(messages) and isinstance(messages[0], dict)
         conversations = cast("list[Messages]", [messages] if is_one else list(messages))
+        choice = ToolChoice.of(tool_choice, tools)
+        params = [_with_structure(p, tools, choice) for p in self._params_for(sampling_params, len(conversations))]
+        tools = None if choice.mode == "none" else tools
         prompts = [
             self.engine.tokenizer.apply_chat_template(
                 conversation,
@@ -128,7 +136,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        outputs = self.generate(prompts, params, use_tqdm=use_tqdm)
         return [_with_messages(output, tools) for output in outputs] if parse else outputs
 
     def prompt_logprobs(self, prompts: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[list[float]]:
@@ -355,6 +363,13 @@ class LLM:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     is_one = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
     return cast("list[Prompt]", [prompts] if is_one else list(prompts))
+
+
+def _with_structure(params: SamplingParams, tools: list[dict[str, Any]] | None, choice: ToolChoice) -> SamplingParams:
+    """The parameters of a chat: a think block may come first, then tool calls or what the content must obey."""
+    structure = params.structured_outputs
+    wanted = with_tools(structure and replace(structure, after_thinking=True), tools, choice)
+    return params if wanted == structure else params.with_(structured_outputs=wanted)
 
 
 def _with_messages(output: RequestOutput, tools: list[dict[str, Any]] | None) -> RequestOutput:

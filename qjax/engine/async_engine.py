@@ -167,7 +167,7 @@ class AsyncEngine:
         self.engine.check_request(request_id, prompt_token_ids, params)
         if params.structured_outputs is not None:
             # A slow grammar keeps neither the loop nor the engine's thread from others; that finds it in the cache.
-            await asyncio.to_thread(self.engine.grammars.compile, params.structured_outputs)
+            await self.engine.grammars.compile_in_time(params.structured_outputs)
         add = partial(
             self.engine.add_request, request_id, prompt_token_ids, params, priority=priority, cache_salt=cache_salt
         )

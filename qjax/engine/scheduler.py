@@ -197,7 +197,10 @@ class Scheduler:
         for request in list(self.running):
             # A request later in the list may have been preempted for an earlier one (it has no device token then),
             # never the other way round: so nothing that is in this step already loses its pages.
-            if not request.has_device_token or is_held_back(request):
+            if not request.has_device_token:
+                continue
+            if is_held_back(request):
+                budget -= 1  # nobody comes in on its place in the step: it will be back
                 continue
             if not self._may_grow(request) or not self._make_room(request, preempted):
                 continue

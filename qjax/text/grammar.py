@@ -4,9 +4,12 @@ llguidance (Rust) does the work; it is imported at the first grammar. A grammar 
 outside Python's lock) and each answer walks a copy of its own. What cannot be honoured is refused, never half-enforced.
 """
 
+import asyncio
 import json
+import re
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -16,6 +19,9 @@ from qjax.text.structural_tag import WHITESPACE, Format, lark_source, tag_format
 from qjax.text.tokenizer import Tokenizer
 
 MAX_CACHED = 128  # compiled grammars
+MAX_COMPILING = 8  # grammars of the server at a time; llguidance's limits end each after some seconds
+COMPILE_SECONDS = 20.0  # for one, the wait for a thread and at first for the tokenizer included
+MAX_REASON = 1000  # characters of an error
 MAX_SOURCE = 2**20  # characters; llguidance has limits of its own, on what it makes of them
 
 
@@ -75,6 +81,7 @@ class GrammarCompiler:
         self._lock = threading.Lock()
         self._ll_tokenizer: Any = None
         self._cache: OrderedDict[str, Grammar] = OrderedDict()
+        self._threads = ThreadPoolExecutor(MAX_COMPILING, thread_name_prefix="qjax-grammar")
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar that `params` asks for.
@@ -83,6 +90,19 @@ class GrammarCompiler:
           ValueError: it is wrong, too large, cannot be honoured, or nothing can obey it; with the reason.
         """
         return self.compile_format(format_of(params), whitespace_of(params))
+
+    async def compile_in_time(self, params: StructuredOutputsParams) -> None:
+        """`compile` in a thread beside the event loop, so that `compile` then finds the grammar.
+
+        Raises:
+          ValueError: also where it takes longer than `COMPILE_SECONDS`.
+        """
+        compiled = asyncio.get_running_loop().run_in_executor(self._threads, self.compile, params)
+        done, _ = await asyncio.wait([compiled], timeout=COMPILE_SECONDS)
+        if not done:
+            compiled.add_done_callback(lambda future: future.exception())  # nobody waits for it any more
+            raise ValueError(f"Grammar error: it takes more than {COMPILE_SECONDS:g} seconds to compile.")
+        compiled.result()
 
     def compile_format(self, fmt: Format, whitespace: str = WHITESPACE) -> Grammar:
         """The grammar of a format of `structural_tag`; raises as `compile` does."""
@@ -116,8 +136,14 @@ class GrammarCompiler:
             if matcher.is_error():
                 raise ValueError("Grammar error: no text can obey it.")
         if matcher.is_error():
-            raise ValueError(f"Grammar error: {matcher.get_error()}")
+            raise ValueError(f"Grammar error: {_reason(matcher.get_error())}")
         return Grammar(matcher, first)
+
+
+def _reason(error: str) -> str:
+    """llguidance's message, without our text around a JSON schema and the place of the mistake in it."""
+    found = re.match(r"at \d+\(\d+\): failed to compile JSON schema: (.*?)\n +\d+ \| ", error, re.DOTALL)
+    return (found[1] if found else error.rstrip())[:MAX_REASON]
 
 
 def whitespace_of(params: StructuredOutputsParams) -> str:

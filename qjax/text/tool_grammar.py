@@ -84,8 +84,9 @@ def with_tools(
     must_call = choice.mode == "required"
     if not (structure is not None or needs_grammar(tools, choice)):
         return None
-    callable_ = [tool for tool in tools if choice.names is None or tool["function"]["name"] in choice.names]
-    tags = [_tag(tool["function"], is_enforced=must_call) for tool in callable_]
+    functions = [_function(tool) for tool in tools]
+    wanted = [f for f in functions if choice.names is None or f["name"] in choice.names]
+    tags = [_tag(function, is_enforced=must_call) for function in wanted]
     calls = {
         "type": "tags_with_separator",
         "tags": tags,
@@ -108,8 +109,9 @@ def with_tools(
 
 def needs_grammar(tools: Sequence[Tool] | None, choice: ToolChoice) -> bool:
     """Whether the calls themselves are constrained, whatever the content must obey."""
-    is_strict = any(tool["function"].get("strict") for tool in tools or ())
-    return choice.mode == "required" or (choice.mode == "auto" and (is_strict or choice.names is not None))
+    if choice.mode != "auto" or not tools:
+        return choice.mode == "required"
+    return choice.names is not None or any((tool.get("function") or {}).get("strict") for tool in tools)
 
 
 def _tag(function: Mapping[str, Any], is_enforced: bool) -> Format:
@@ -136,10 +138,17 @@ def _parameters(function: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"type": "object", **schema}
 
 
+def _function(tool: Tool) -> Mapping[str, Any]:
+    function = tool.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError('tools: each must be {"type": "function", "function": {"name": …, …}}.')
+    return function
+
+
 def _known(tool: Any, tools: Sequence[Tool]) -> str:
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     name = function.get("name") if isinstance(function, Mapping) else None
-    names = [tool["function"]["name"] for tool in tools]
+    names = [_function(tool)["name"] for tool in tools]
     if not isinstance(name, str) or name not in names:
         raise ValueError(f"tool_choice names the function {name!r}, which is not in tools: {', '.join(names)}.")
     return name

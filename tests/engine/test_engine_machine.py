@@ -144,7 +144,7 @@ class EngineMachine(RuleBasedStateMachine):
         salt=st.sampled_from([None, None, None, "a", "b"]),
         priority=st.integers(0, 2),
         copies=st.integers(1, 3),
-        variant=st.sampled_from(["", "", "", "", "ignore_eos", "prompt_logprobs", "nan"]),
+        variant=st.sampled_from(["", "", "", "", "ignore_eos", "prompt_logprobs", "nan", "held_back", "held_back"]),
     )
     def arrive(self, copies, **options):
         for _ in range(copies):
@@ -165,6 +165,7 @@ class EngineMachine(RuleBasedStateMachine):
             eos_token_ids=frozenset() if variant == "ignore_eos" else frozenset([EOS]),
             priority=priority,
             cache_salt=salt,
+            bad_words_token_ids=[[1, 2]] if variant == "held_back" else [],
         )
         if not prompt or len(prompt) + 1 > self.scheduler.max_model_len:
             with pytest.raises(ValueError):
@@ -235,6 +236,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert all(r.status is RequestStatus.RUNNING for r in requests)
         assert all(r.status is RequestStatus.WAITING and r.slot is None for r in batch.preempted)
         assert not set(batch.preempted) & set(requests)
+        # Where bans depend on the last token, the host has read it.
+        assert all(r.num_pending <= 1 for r in requests if r.bad_words_token_ids)
         for r in requests:
             assert len(r.output_token_ids) + r.num_pending <= r.max_tokens
             assert r.num_tokens <= self.scheduler.max_model_len
