@@ -3,10 +3,34 @@
 import hashlib
 import hmac
 import os
+from typing import Any
 
 from aiohttp import web
 
 from qjax.config import ServerConfig
+from qjax.server.admin import AbortRequest, SleepQuery, WakeUpQuery, abort_requests, is_sleeping, sleep, wake_up
+from qjax.server.answer_schemas import (
+    ABORTED,
+    AWAKE,
+    CHAT,
+    COMPLETION,
+    EMBEDDINGS,
+    HEALTH,
+    INPUT_TOKENS,
+    LOAD,
+    MESSAGE,
+    MODEL,
+    MODELS,
+    PROMPT,
+    RANKING,
+    RESPONSE,
+    SCORES,
+    SLEEP,
+    SLEEPING,
+    SUCCESS,
+    TOKENS,
+    VERSION,
+)
 from qjax.server.chat import chat_completions
 from qjax.server.completions import completions
 from qjax.server.cors import install_cors
@@ -15,6 +39,7 @@ from qjax.server.errors import ApiError, Handler, error_middleware
 from qjax.server.messages import count_tokens, messages
 from qjax.server.messages_errors import is_anthropic, messages_error_middleware
 from qjax.server.messages_protocol import CountTokensRequest, MessagesRequest
+from qjax.server.openapi import OPENAPI, describe, openapi
 from qjax.server.page import PAGE_ROUTES
 from qjax.server.protocol import ChatRequest, CompletionRequest
 from qjax.server.request_id import add_request_id
@@ -24,33 +49,46 @@ from qjax.server.responses_protocol import ResponsesRequest
 from qjax.server.routes import Route, add_routes
 from qjax.server.state import STATE, ServerState
 from qjax.server.status import health, load, metrics, model, models, reset_prefix_cache, version
-from qjax.server.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from qjax.server.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, detokenize, tokenize
 
+PROBE: dict[str, Any] = {"answer": HEALTH, "other_answers": {503: HEALTH}, "needs_engine": False, "is_open": True}
 # A new endpoint is a line here. `needs_engine`: refused with 503 until the model is loaded.
 ROUTES = [
-    Route("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", body=ChatRequest, streams=True),
-    Route("POST", "/v1/completions", completions, "Continue a text", body=CompletionRequest, streams=True),
-    Route("POST", "/v1/responses", responses, "Answer items with items", body=ResponsesRequest, streams=True),
-    Route("POST", "/v1/messages", messages, "Answer as Anthropic does", body=MessagesRequest, streams=True),
-    Route("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of a conversation", body=CountTokensRequest),
-    Route("POST", "/tokenize", tokenize, "Token ids of a text or of a conversation", body=TokenizeRequest),
-    Route("POST", "/detokenize", detokenize, "The text of token ids", body=DetokenizeRequest),
-    Route("POST", "/v1/embeddings", embeddings, "Texts as vectors", body=(EmbeddingRequest, EmbeddingChatRequest)),
-    *(Route("POST", p, score, "Relevance of texts", body=ScoreRequest) for p in ("/v1/score", "/score")),
+    Route("POST", "/v1/chat/completions", chat_completions, "Answer a conversation", ChatRequest, CHAT, streams=True),
+    Route("POST", "/v1/completions", completions, "Continue a text", CompletionRequest, COMPLETION, streams=True),
+    Route("POST", "/v1/responses", responses, "Answer items with items", ResponsesRequest, RESPONSE, streams=True),
+    Route("POST", "/v1/messages", messages, "Answer as Anthropic does", MessagesRequest, MESSAGE, streams=True),
+    Route("POST", "/v1/messages/count_tokens", count_tokens, "Tokens of it", CountTokensRequest, INPUT_TOKENS),
+    Route("POST", "/tokenize", tokenize, "Token ids of a prompt", (TokenizeRequest, TokenizeChatRequest), TOKENS),
+    Route("POST", "/detokenize", detokenize, "The text of token ids", DetokenizeRequest, PROMPT),
+    Route(
+        "POST",
+        "/v1/embeddings",
+        embeddings,
+        "Texts as vectors",
+        (EmbeddingRequest, EmbeddingChatRequest),
+        EMBEDDINGS,
+    ),
+    *(Route("POST", p, score, "Relevance of texts", ScoreRequest, SCORES) for p in ("/v1/score", "/score")),
     *(
-        Route("POST", p, rerank, "Documents by their relevance", body=RerankRequest)
+        Route("POST", p, rerank, "Documents by their relevance", RerankRequest, RANKING)
         for p in ("/v1/rerank", "/rerank", "/v2/rerank")
     ),
-    Route("GET", "/v1/models", models, "The served model under its names"),
+    Route("GET", "/v1/models", models, "The served model under its names", answer=MODELS),
     # names of models have slashes
-    Route("GET", "/v1/models/{model:.+}", model, "One name of the served model", statuses=(404,)),
-    Route("GET", "/health", health, "Whether requests are served", needs_engine=False, is_open=True),
-    Route("GET", "/ping", health, "The same as /health", needs_engine=False, is_open=True),
-    Route("POST", "/ping", health, "The same as /health", needs_engine=False, is_open=True),
-    Route("GET", "/version", version, "The server's version", needs_engine=False),
+    Route("GET", "/v1/models/{model:.+}", model, "One name of the served model", answer=MODEL, statuses=(404,)),
+    Route("GET", "/health", health, "Whether requests are served", **PROBE),
+    Route("GET", "/ping", health, "The same as /health", **PROBE),
+    Route("POST", "/ping", health, "The same as /health", **PROBE),
+    Route("GET", "/version", version, "The server's version", answer=VERSION, needs_engine=False),
     Route("GET", "/metrics", metrics, "Counters and latencies for Prometheus", answer="text/plain"),
-    Route("GET", "/load", load, "How many requests are being served", needs_engine=False),
-    Route("POST", "/reset_prefix_cache", reset_prefix_cache, "Forget cached prompts"),
+    Route("GET", "/load", load, "How many requests are being served", answer=LOAD, needs_engine=False),
+    Route("POST", "/reset_prefix_cache", reset_prefix_cache, "Forget cached prompts", answer=SUCCESS),
+    Route("POST", "/abort_requests", abort_requests, "End requests by their ids", AbortRequest, ABORTED),
+    Route("POST", "/sleep", sleep, "Give the device's memory back", answer=SLEEP, query=SleepQuery, is_dev=True),
+    Route("POST", "/wake_up", wake_up, "Take it again", answer=AWAKE, query=WakeUpQuery, is_dev=True),
+    Route("GET", "/is_sleeping", is_sleeping, "Whether the engine sleeps", answer=SLEEPING, is_dev=True),
+    Route("GET", "/openapi.json", openapi, "This description", needs_engine=False),
 ]
 
 
@@ -61,6 +99,8 @@ def make_app(state: ServerState) -> web.Application:
     open_paths = {prefix + route.path for prefix in prefixes for route in routes if route.is_open}
     app = web.Application(middlewares=[error_middleware], client_max_size=config.max_body_size)
     app[STATE] = state
+    described = [route for route in ROUTES if config.server_dev_mode or not route.is_dev]
+    app[OPENAPI] = describe(described, config.root_path, bool(api_keys(config)))
     app.middlewares.append(messages_error_middleware)
     app.on_response_prepare.append(add_request_id)
     install_cors(app, config)

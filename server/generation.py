@@ -11,7 +11,7 @@ from aiohttp import web
 
 from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
-from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error, shorten
+from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error, shorten, unavailable
 from qjax.server.protocol import PARAM_NAMES, GenerationRequest, check_request_id
 from qjax.server.request_id import HEADER, request_id_of
 from qjax.server.state import ServerState
@@ -127,23 +127,31 @@ async def generate(
     """
     checked = [check_limits(state, prompt, params) for prompt in prompts]
     if len(prompts) == 1:
-        streams = [_deltas(state, body, prompts[0], checked[0], request_id)]
+        streams = [_deltas(state, body, prompts[0], checked[0], request_id, request_id)]
     else:
-        streams = [_deltas(state, body, prompt, checked[i], f"{request_id}-{i}") for i, prompt in enumerate(prompts)]
+        streams = [
+            _deltas(state, body, prompt, params, f"{request_id}-{i}", request_id)
+            for i, (prompt, params) in enumerate(zip(prompts, checked, strict=True))
+        ]
     async with contextlib.aclosing(_merge(streams)) as merged:
         async for i, output in merged:
             yield i, output
 
 
 async def _deltas(
-    state: ServerState, body: GenerationRequest, prompt: Prompt, params: SamplingParams, request_id: str
+    state: ServerState,
+    body: GenerationRequest,
+    prompt: Prompt,
+    params: SamplingParams,
+    request_id: str,
+    answer_id: str,
 ) -> AsyncGenerator[RequestOutput, None]:
     stream = state.engine.generate(
         prompt.token_ids, params, request_id, priority=body.priority, cache_salt=body.cache_salt
     )
     closing = contextlib.aclosing(cast(AsyncGenerator[RequestOutput, None], stream))
     is_first = True
-    with state.engine_request(request_id):
+    with state.engine_request(request_id, answer_id):
         async with closing:
             try:
                 async for output in stream:
@@ -154,6 +162,8 @@ async def _deltas(
             except ApiError:
                 raise
             except ValueError as error:
+                if state.engine.is_sleeping:  # since the request came in
+                    raise unavailable("The engine sleeps: POST /wake_up wakes it.") from error
                 raise (from_value_error(error, PARAM_NAMES) if is_first else internal_error(error)) from error
             except Exception as error:
                 if state.engine.phase == "failed":

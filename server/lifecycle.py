@@ -23,6 +23,7 @@ from qjax.server.state import AsyncEngine, ServerState
 log = logging.getLogger("qjax.server")
 
 WATCH_SECONDS = 0.25  # how often the engine is looked at
+SHUTDOWN_SECONDS = 10.0  # that the engine gets to end its last step
 FLUSH_SECONDS = 5.0  # that ended requests get to send their last chunk
 
 
@@ -41,7 +42,7 @@ def run_engine(engine: AsyncEngine, config: ServerConfig) -> int:
     """`run` with an engine of the caller's."""
     code = asyncio.run(_serve_until_signal(engine, config))
     if engine.phase not in ("stopping", "failed"):
-        # Told to stop while loading: its thread is inside a download or a compiler, and Python would wait for it.
+        # Its thread is inside a download, a compiler, or a step that does not end, and Python would wait for it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -74,6 +75,8 @@ async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
     """
     started = time.monotonic()
     state = ServerState(engine, config, read_chat_template(config))
+    if config.server_dev_mode and not api_keys(config):
+        log.warning("--server-dev-mode without --api-key: whoever reaches the server can put it to sleep")
     runner = make_runner(make_app(state), config)
     await runner.setup()
     try:
@@ -82,15 +85,17 @@ async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
         engine.start()
         if await _started(engine, stop):
             print(ready_line(state, address, time.monotonic() - started), flush=True)
-            await _watch(engine, stop)
+            await _watch(state, stop)
         if engine.phase == "failed":
             log.error("the engine has failed, so the server stops")
             state.is_stopping = True
             await state.wait_idle(FLUSH_SECONDS)
             return 1
         await _drain(state, stop)
-        if engine.phase in ("ready", "stopping"):
-            await engine.shutdown()
+        if engine.phase in ("ready", "stopping") and not await engine.shutdown(SHUTDOWN_SECONDS):
+            log.error("the engine's step does not end, so the process ends without it")
+            engine.phase = "hung"
+            return 1
         return 0
     finally:
         await runner.cleanup()
@@ -109,9 +114,16 @@ async def _started(engine: AsyncEngine, stop: Stop) -> bool:
         asked.cancel()
 
 
-async def _watch(engine: AsyncEngine, stop: Stop) -> None:
-    """Returns when told to stop, or when the engine has failed."""
+async def _watch(state: ServerState, stop: Stop) -> None:
+    """Returns when told to stop, or when the engine has failed. Says so when a step does not end."""
+    engine, was_stalled = state.engine, False
     while not stop.asked.is_set() and engine.phase != "failed":
+        if state.is_stalled != was_stalled:
+            was_stalled = not was_stalled
+            if was_stalled:
+                log.error("the engine's step has been going on for %.0f s: /health says 503", engine.seconds_stalled)
+            else:
+                log.warning("the engine goes on")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(stop.asked.wait(), WATCH_SECONDS)
 

@@ -95,7 +95,7 @@ async def pool(
         _check_input(state, token_ids)
     ids = [answer_id] if len(inputs) == 1 else [f"{answer_id}-{i}" for i in range(len(inputs))]
     pairs = zip(ids, inputs, strict=True)
-    tasks = [asyncio.ensure_future(_one(state, token_ids, params, body, i)) for i, token_ids in pairs]
+    tasks = [asyncio.ensure_future(_one(state, token_ids, params, body, i, answer_id)) for i, token_ids in pairs]
     try:
         return await asyncio.gather(*tasks)
     finally:
@@ -119,9 +119,14 @@ def _check_input(state: ServerState, token_ids: list[int]) -> None:
 
 
 async def _one(
-    state: ServerState, token_ids: list[int], params: PoolingParams, body: PoolingFields, request_id: str
+    state: ServerState,
+    token_ids: list[int],
+    params: PoolingParams,
+    body: PoolingFields,
+    request_id: str,
+    answer_id: str,
 ) -> PoolingRequestOutput:
-    with state.engine_request(request_id):
+    with state.engine_request(request_id, answer_id):
         try:
             output = await state.engine.encode(
                 token_ids, params, request_id, priority=body.priority, cache_salt=body.cache_salt

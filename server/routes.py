@@ -1,7 +1,9 @@
 """`Route`: one line of the server's table of routes, from which both the application and its description are made."""
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from aiohttp import web
@@ -16,11 +18,13 @@ class Route:
 
     Attributes:
       body: the dataclass (or several, one of which) that the JSON body is parsed with.
+      answer: JSON schema of the answer; None: any object. A text is a content type instead.
       query: the dataclass that the query is parsed with.
       streams: the answer may also be server-sent events.
       needs_engine: refused while there is no engine to serve it; counted as a running request.
       is_open: needs no API key.
-      answer: JSON schema of the answer; None: any object. A text is a content type instead.
+      is_dev: only with `--server-dev-mode`.
+      other_answers: schemas by status, where it is not an error that comes with it.
       statuses: error statuses beyond those that follow from the other fields.
     """
 
@@ -29,11 +33,13 @@ class Route:
     handler: Handler
     summary: str
     body: type | tuple[type, ...] = ()
+    answer: dict[str, Any] | str | None = None
     query: type | None = None
     streams: bool = False
     needs_engine: bool = True
     is_open: bool = False
-    answer: dict[str, Any] | str | None = None
+    is_dev: bool = False
+    other_answers: Mapping[int, dict[str, Any]] = MappingProxyType({})
     statuses: tuple[int, ...] = ()
 
     @property
@@ -44,8 +50,14 @@ class Route:
 def add_routes(app: web.Application, routes: list[Route], prefix: str = "") -> None:
     for route in routes:
         handler = _when_ready(route.handler) if route.needs_engine else route.handler
+        if route.is_dev and not app[STATE].config.server_dev_mode:
+            handler = _off
         add = web.get if route.method == "GET" else functools.partial(web.route, route.method)  # `get` is HEAD too
         app.add_routes([add(prefix + route.path, handler, expect_handler=_expect)])
+
+
+async def _off(request: web.Request) -> web.StreamResponse:
+    raise ApiError(404, f"The path {request.path} needs --server-dev-mode.")
 
 
 async def _expect(request: web.Request) -> web.StreamResponse | None:

@@ -7,9 +7,12 @@ expected, and what came.
 
 import dataclasses
 import functools
+import re
 import types
 from dataclasses import MISSING
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from multidict import MultiMapping
 
 from qjax.server.errors import bad_request, shorten
 
@@ -70,6 +73,17 @@ def parse[T](cls: type[T], body: Any, where: str = "") -> T:
     return cls(**values)
 
 
+def parse_query[T](cls: type[T], query: MultiMapping[str]) -> T:
+    """`parse` for what stands behind the ? of a URL: digits are a number, and a list is its name several times."""
+    hints = _hints(cls)  # type: ignore[arg-type]
+    values: dict[str, Any] = {}
+    for name in query:
+        texts = query.getall(name)
+        is_list = any(get_origin(part) is list for part in (hints.get(name), *get_args(hints.get(name))))
+        values[name] = texts if is_list else int(texts[-1]) if re.fullmatch("-?[0-9]{1,18}", texts[-1]) else texts[-1]
+    return parse(cls, values)
+
+
 def describe(annotation: Any) -> str:
     """A type in words, for errors."""
     origin, args = get_origin(annotation), get_args(annotation)
@@ -78,7 +92,7 @@ def describe(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe(a) for a in args if a is not types.NoneType)
     if origin is Literal:
-        return " or ".join(f'"{a}"' for a in args)
+        return " or ".join(map(shorten, args))
     if origin is list:
         return "a list of " + _PLURALS.get(args[0], "lists of integers" if get_origin(args[0]) is list else "objects")
     return "an object"
@@ -112,7 +126,7 @@ def _as_type(annotation: Any, value: Any, path: str) -> Any:
                 continue
         raise _Mismatch
     if origin is Literal:
-        if value not in args:
+        if not any(_same(value, arg) for arg in args):
             raise _Mismatch
         return value
     if origin is list:
@@ -141,10 +155,9 @@ def _as_type(annotation: Any, value: Any, path: str) -> Any:
 def _key(annotation: Any, key: str) -> Any:
     if annotation is not int:
         return key
-    try:
-        return int(key)
-    except ValueError:
-        raise _Mismatch from None
+    if not re.fullmatch(r"-?[0-9]{1,19}", key):  # `int` also takes blanks, underscores and digits of other scripts
+        raise _Mismatch
+    return int(key)
 
 
 def _checked(f: dataclasses.Field, value: Any, path: str) -> Any:

@@ -13,10 +13,14 @@ _STARTED = int(time.time())
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 once requests are served; 503 with the reason while loading, while stopping, and after a failure."""
+    """200 once requests are served (or the engine sleeps, as it was asked to); 503 with the reason while loading, while
+    stopping, after a failure, and while a step does not end."""
     state = request.app[STATE]
+    if state.is_stalled:
+        body = {"status": "stalled", "seconds": round(state.engine.seconds_stalled, 1)}
+        return web.json_response(body, status=503)
     if state.is_ready:
-        return web.json_response({"status": "ready"})
+        return web.json_response({"status": "sleeping" if state.engine.is_sleeping else "ready"})
     phase = state.engine.phase
     if phase == "failed":
         return web.json_response({"status": "failed", "phase": phase}, status=503)
@@ -32,8 +36,12 @@ async def metrics(request: web.Request) -> web.Response:
 
 
 async def load(request: web.Request) -> web.Response:
-    """How many requests are being served, this one not counted."""
-    return web.json_response({"server_load": request.app[STATE].num_engine_requests})
+    """How many requests are being served, how many of their answers wait for a place, and how many requests found the
+    queue full since the start."""
+    state = request.app[STATE]
+    num_queued = state.engine.num_queued() if state.engine.phase == "ready" else 0
+    load = {"server_load": state.num_engine_requests, "num_queued": num_queued, "num_rejected": state.num_rejected}
+    return web.json_response(load)
 
 
 async def reset_prefix_cache(request: web.Request) -> web.Response:

@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize: what a prompt or a conversation becomes, without generating."""
 
+import dataclasses
 from dataclasses import MISSING, dataclass
 from typing import Any
 
@@ -13,20 +14,37 @@ from qjax.server.schema import body_field, parse
 from qjax.server.state import STATE
 
 # What of a chat request decides its prompt: the template reads the same messages here as there.
-CHAT_FIELDS = {
+CHAT_FIELDS = (
     *("model", "messages", "tools", "tool_choice", "add_generation_prompt", "continue_final_message"),
     *("chat_template_kwargs", "reasoning_effort", "add_special_tokens"),
-}
+)
+_WANTS_TEXTS = "Return each token's text too"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeRequest:
-    """A text; a conversation is read as a `ChatRequest`."""
+    """A text."""
 
     model: str | None = body_field("Name of the model; the served one if absent")
     prompt: str = body_field("Text", MISSING)
     add_special_tokens: bool | None = body_field("Let the tokenizer add its special tokens")
-    return_token_strs: bool = body_field("Return each token's text too", False)
+    return_token_strs: bool = body_field(_WANTS_TEXTS, False)
+
+
+TokenizeChatRequest = dataclasses.make_dataclass(
+    "TokenizeChatRequest",
+    [
+        *(
+            (f.name, f.type, dataclasses.field(default=f.default, metadata=f.metadata))
+            for f in dataclasses.fields(ChatRequest)
+            if f.name in CHAT_FIELDS
+        ),
+        ("return_token_strs", bool, body_field(_WANTS_TEXTS, False)),
+    ],
+    frozen=True,
+    kw_only=True,
+    namespace={"__doc__": "A conversation."},
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +57,9 @@ async def tokenize(request: web.Request) -> web.Response:
     state = request.app[STATE]
     body = await read_json(request)
     if isinstance(body, dict) and "messages" in body:
-        body = dict(body)
-        wants_texts = body.pop("return_token_strs", False)
-        for name in body.keys() - CHAT_FIELDS:
-            raise bad_request(f"Unrecognized request argument supplied: {name}", name)
-        chat = parse(ChatRequest, body)
+        conversation = parse(TokenizeChatRequest, body)
+        wants_texts = conversation.return_token_strs
+        chat = ChatRequest(**{name: getattr(conversation, name) for name in CHAT_FIELDS})
         state.check_model(chat.model)
         token_ids = (await render(state, chat)).token_ids
     else:

@@ -122,11 +122,10 @@ class AsyncEngine:
     def num_unfinished(self) -> int:
         return len(self._streams)
 
-    @property
-    def num_queued(self) -> int:
-        """Sequences that wait for a place. Where the last step had one for all, those to come find one too, as long as
-        there are any."""
-        engine, num = self.engine, sum(self._num_sequences.values())
+    def num_queued(self, more: int = 0) -> int:
+        """Sequences that wait for a place, were there so many `more`. Where the last step had a place for all, those to
+        come find one too, as long as there are any."""
+        engine, num = self.engine, sum(self._num_sequences.values()) + more
         return max(0, num - (engine.num_running if engine.num_waiting else engine.plan.max_num_seqs))
 
     @property

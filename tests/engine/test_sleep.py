@@ -132,11 +132,11 @@ class TestWatch:
         """Of 16 places, whether the engine has seen the requests yet or not."""
         tasks = [asyncio.ensure_future(collect(engine, PROMPT, LONG, str(i))) for i in range(20)]
         await asyncio.sleep(0)
-        assert engine.num_queued == 4
+        assert engine.num_queued() == 4 and engine.num_queued(more=2) == 6
         while engine.num_running < 16:
             await asyncio.sleep(0.001)
-        assert engine.num_queued == 4
+        assert engine.num_queued() == 4
         for i in range(20):
             engine.abort(str(i))
         await asyncio.gather(*tasks)
-        assert engine.num_queued == 0
+        assert engine.num_queued() == 0

@@ -57,6 +57,9 @@ class FakeEngine:
         self.start_error: Exception | None = None
         self.go_on = asyncio.Event()  # start-up waits for it in each phase
         self.num_tokens = 0  # written so far, of all requests
+        self.num_places = 256  # requests that run at a time, as `num_queued` says
+        self.seconds_stalled = 0.0
+        self.is_sleeping = False
         self._aborted: dict[str, asyncio.Event] = {}
 
     # Start and stop
@@ -77,10 +80,13 @@ class FakeEngine:
     async def wait_ready(self) -> None:
         await asyncio.shield(self._loading)
 
-    async def shutdown(self) -> None:
+    async def shutdown(self, timeout: float = math.inf) -> bool:
         self.phase = "stopping"
+        if self.seconds_stalled:
+            return False
         for request_id in list(self._aborted):
             self.abort(request_id)
+        return True
 
     def die(self) -> None:
         self.phase, self.error = "failed", RuntimeError("the GPU at /dev/secret fell off the bus")
@@ -91,7 +97,20 @@ class FakeEngine:
     async def reset_prefix_cache(self) -> bool:
         return not self._aborted
 
+    async def sleep(self, level: int) -> None:
+        if self.is_sleeping:
+            raise ValueError("The engine sleeps (kv_cache, weights): wake_up comes first.")
+        self.is_sleeping, self.sleep_level = True, level
+        for request_id in list(self._aborted):
+            self.abort(request_id)
+
+    async def wake_up(self, tags: list[str] | None) -> None:
+        self.is_sleeping = tags is not None and len(tags) < 2
+
     # Requests
+
+    def num_queued(self, more: int = 0) -> int:
+        return max(0, self.num_unfinished + more - self.num_places)
 
     @property
     def num_unfinished(self) -> int:
@@ -203,18 +222,20 @@ class FakeEngine:
 
 
 def main(folder: str, delay: str, *options: str) -> int:
-    """A server of a fake engine that writes for ever. Options: `die` after 20 tokens, `load` for ever."""
+    """A server of a fake engine that writes for ever. Options: `die` after 20 tokens, `load` for ever, `short` answers
+    and every endpoint.
+    """
     from qjax.server.lifecycle import run_engine
 
     phases = ["loading the weights"] if "load" in options else []
     logging.basicConfig(level=logging.INFO)
     tokenizer = Tokenizer.from_pretrained(folder)
-    engine = FakeEngine(
-        tokenizer, answer=lambda *_: "word " * 10_000, delay=float(delay), max_model_len=4096, phases=phases
-    )
+    answer = None if "short" in options else lambda *_: "word " * 10_000
+    engine = FakeEngine(tokenizer, answer=answer, delay=float(delay), max_model_len=4096, phases=phases)
     engine.fail_after = 20 if "die" in options else None
     timeout = next((float(o) for o in options if o.replace(".", "").isdigit()), 30.0)
-    return run_engine(engine, ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=timeout))
+    config = ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=timeout, server_dev_mode="short" in options)
+    return run_engine(engine, config)
 
 
 if __name__ == "__main__":

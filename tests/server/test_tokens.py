@@ -55,5 +55,5 @@ async def test_metrics_load_and_cache(start):
     async with server.session.get(server.url + "/metrics", headers=headers) as response:
         assert response.status == 200 and response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert b"vllm:generation_tokens_total" in await response.read()
-    assert (await server.get("/load", headers=headers))[1] == {"server_load": 0}
+    assert (await server.get("/load", headers=headers))[1]["server_load"] == 0
     assert (await server.post("/reset_prefix_cache", headers=headers))[1] == {"success": True}
