@@ -104,12 +104,7 @@ async def run_engine(engine: AsyncEngine, config: ServerConfig, options: BatchOp
     """`run` with an engine of the caller's, which is started and shut down."""
     async with _application(engine, config) as session:
         started = time.monotonic()
-        with (
-            # half a surrogate pair of a custom_id becomes the JSON escape that it came as
-            open(options.output_file, "w", encoding="utf-8", errors="backslashreplace") as out,
-            tqdm(total=_count_lines(options.input_file), desc="Requests", disable=None) as progress,
-        ):
-            num_answered, num_failed = await _answer_all(session, options, out, progress)
+        num_answered, num_failed = await _answer_file(session, options)
     return Summary(num_answered, num_failed, time.monotonic() - started)
 
 
@@ -136,6 +131,23 @@ async def _application(engine: AsyncEngine, config: ServerConfig) -> AsyncIterat
             await runner.cleanup()
             if engine.phase in ("ready", "stopping"):  # else its thread is inside a download or a compiler
                 await engine.shutdown()
+
+
+async def _answer_file(session: aiohttp.ClientSession, options: BatchOptions) -> tuple[int, int]:
+    """Returns how many lines were answered and how many failed."""
+    counts, reason = (0, 0), None
+    try:
+        with (
+            # half a surrogate pair of a custom_id becomes the JSON escape that it came as
+            open(options.output_file, "w", encoding="utf-8", errors="backslashreplace") as out,
+            tqdm(total=_count_lines(options.input_file), desc="Requests", disable=None) as progress,
+        ):
+            counts = await _answer_all(session, options, out, progress)
+    except* OSError as errors:
+        reason = str(errors.exceptions[0])
+    if reason is not None:
+        raise ValueError(f"output_file {options.output_file!r} cannot be written: {reason}.")
+    return counts
 
 
 async def _answer_all(

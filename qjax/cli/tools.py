@@ -29,7 +29,9 @@ def add_run_batch(commands: Any) -> None:
 
 
 def _run_batch(args: argparse.Namespace) -> int:
-    config, server_config = read_engine_config(args), read_config(ServerConfig, args)
+    config, given = read_engine_config(args), read_config(ServerConfig, args)
+    # what the environment says of the socket and the queue is for servers
+    server_config = ServerConfig(**{name: getattr(given, name) for name in ANSWERS})
     from qjax.server import batch
 
     names = ("input_file", "output_file", "max_inflight")

@@ -212,6 +212,7 @@ class TestRunBatch:
         monkeypatch.setattr(batch, "run", lambda *configs: calls.append(configs) or 0)
         source = tmp_path / "in.jsonl"
         source.write_text("")
+        monkeypatch.setenv("QJAX_MAX_NUM_QUEUED_REQS", "1")
         argv = ["run-batch", "-i", str(source), "-o", str(tmp_path / "out"), "--model", "m", "--max-inflight", "3"]
         assert run(*argv, "--served-model-name", "gpt", "--tool-call-parser", "none") == (0, "", "")
         options = batch.BatchOptions(input_file=str(source), output_file=str(tmp_path / "out"), max_inflight=3)

@@ -1,6 +1,7 @@
 """`qjax run-batch` over a fake engine: every line gets its own line back, whatever is wrong with the others."""
 
 import json
+import os
 
 import pytest
 
@@ -94,6 +95,14 @@ async def test_the_key_of_the_environment_does_not_lock_the_batch_out(answer, mo
     monkeypatch.setenv("QJAX_API_KEY", "secret")
     _, summary, _ = await answer(line("a"), config=ServerConfig(api_key=["other"]))
     assert summary.num_failed == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="of Linux")
+async def test_a_full_disk_is_told_in_a_line(tmp_path, tokenizer):
+    (tmp_path / "in").write_text("\n".join(line(str(i)) for i in range(3)))
+    options = BatchOptions(input_file=str(tmp_path / "in"), output_file="/dev/full", max_inflight=1)
+    with pytest.raises(ValueError, match=r"output_file '/dev/full' cannot be written: .*No space left"):
+        await run_engine(FakeEngine(tokenizer), ServerConfig(), options)
 
 
 async def test_a_failed_start_is_raised(tmp_path, tokenizer):
