@@ -1,6 +1,9 @@
 """Structured output over HTTP: what the fields become, what is refused, and real answers that obey."""
 
+import asyncio
 import json
+import re
+import threading
 
 import pytest
 from openai import AsyncOpenAI
@@ -18,6 +21,10 @@ SCHEMA = {
     "required": ["answer", "sure"],
     "additionalProperties": False,
 }
+INTEGER = {"type": "json_schema", "json_schema": {"type": "integer", "minimum": 0, "maximum": 9}}
+CALL = {"begin": "<f=a>", "content": INTEGER, "end": "</f>"}
+TAG = {"format": {"type": "triggered_tags", "triggers": ["<f="], "tags": [CALL], "at_least_one": True}}
+OLD = {"structures": [{"begin": "<f=a>", "schema": {"type": "integer"}, "end": "</f>"}], "triggers": ["<f="]}
 
 
 @pytest.mark.parametrize(
@@ -26,6 +33,14 @@ SCHEMA = {
         ("response_format", {"type": "text"}, None),
         ("response_format", {"type": "json_object"}, {"json_object": True}),
         ("response_format", {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA}}, {"json": SCHEMA}),
+        ("response_format", {"type": "structural_tag", **TAG}, {"structural_tag": {"type": "structural_tag", **TAG}}),
+        ("response_format", {"type": "structural_tag", **OLD}, {"structural_tag": {"type": "structural_tag", **OLD}}),
+        ("structured_outputs", {"structural_tag": json.dumps(TAG)}, {"structural_tag": json.dumps(TAG)}),
+        (
+            "structured_outputs",
+            {"json": {}, "disable_any_whitespace": True},
+            {"json": {}, "disable_any_whitespace": True},
+        ),
         ("structured_outputs", {"regex": "a+"}, {"regex": "a+"}),
         ("structured_outputs", {"json": SCHEMA}, {"json": SCHEMA}),
         ("guided_json", SCHEMA, {"json": SCHEMA}),
@@ -86,5 +101,56 @@ async def test_real_answers_obey_streamed_and_whole(tiny_folder):  # noqa: F811
         assert completion.choices[0].text in ("left", "right")
         with pytest.raises(Exception, match="Invalid type: nope") as error:
             await client.chat.completions.create(**asked, extra_body={"guided_json": {"type": "nope"}})
+        assert error.value.status_code == 400
+        assert engine.num_unfinished == 0
+
+
+async def test_real_answers_of_odd_forms(tiny_folder, monkeypatch):  # noqa: F811
+    async with serving(EngineConfig(model=str(tiny_folder), **OPTIONS), served_model_name=["tiny"]) as (url, engine):
+        client = AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+
+        async def text(**fields):
+            asked = {"model": "tiny", "prompt": "Pick", "max_tokens": 60, "seed": 1}
+            return (await client.completions.create(**asked, extra_body=fields)).choices[0]
+
+        # Text that reads like an added token
+        for choice in ("<think>x", "a <tool_call>", "<|im_end|>"):
+            assert (await text(guided_choice=[choice])).text == choice
+            assert (await text(guided_json={"const": choice})).text == json.dumps(choice)
+        stopped = TAG["format"] | {"stop_after_first": True}
+        found = await text(response_format={"type": "structural_tag", "format": stopped})
+        assert re.fullmatch("<f=a>[0-9]</f>", found.text) and found.finish_reason == "stop"
+
+        # A loop ends the answer
+        bias = {str(engine.tokenizer.encode("a")[0]): 100}
+        asked = {"model": "tiny", **CHAT, "max_tokens": 60, "logit_bias": bias}
+        loops = {"repetition_detection": {"max_pattern_size": 2, "min_count": 4}}
+        looped = (await client.chat.completions.create(**asked, extra_body=loops)).choices[0]
+        assert (looped.message.content, looped.finish_reason, looped.stop_reason) == (
+            "aaaa",
+            "repetition",
+            "repetition_detected",
+        )
+
+        # A schema that is slow to compile holds nobody up; one that is too slow is given up
+        compiler, may_end = engine.engine.grammars, threading.Event()
+        compile_at_once = compiler._compile
+
+        def compile_slowly(source):
+            if "slow" in source:
+                may_end.wait(60)
+            return compile_at_once(source)
+
+        monkeypatch.setattr(compiler, "_compile", compile_slowly)
+        slow = asyncio.ensure_future(text(guided_json={"const": "slow 1"}))
+        await asyncio.sleep(0.05)
+        assert (await text(guided_choice=["quick"])).text == "quick" and not slow.done()
+        may_end.set()
+        assert (await slow).text == '"slow 1"'
+        may_end.clear()
+        monkeypatch.setattr("qjax.text.grammar.COMPILE_SECONDS", 0.1)
+        with pytest.raises(Exception, match=r"more than 0\.1 seconds") as error:
+            await text(guided_json={"const": "slow 2"})
+        may_end.set()
         assert error.value.status_code == 400
         assert engine.num_unfinished == 0
