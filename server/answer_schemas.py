@@ -88,5 +88,6 @@ SLEEP = answer(status=one_of("sleeping"), level=INTEGER)
 AWAKE = answer(status=one_of("awake", "sleeping"), tags=array(STRING))
 ABORTED = answer(status=one_of("aborted"), aborted=INTEGER, request_ids=array(STRING))
 
+EVENT = optional(answer(data=STRING), event=STRING)  # of a stream; its data is JSON, or [DONE] at the end
 ERROR = answer(error=answer(message=STRING, type=STRING, param=TEXT_OR_NULL, code=INTEGER))
 MESSAGES_ERROR = answer(type=one_of("error"), error=answer(type=STRING, message=STRING))

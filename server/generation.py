@@ -12,8 +12,8 @@ from aiohttp import web
 from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error, shorten, unavailable
-from qjax.server.protocol import PARAM_NAMES, GenerationRequest, check_request_id
-from qjax.server.request_id import HEADER, request_id_of
+from qjax.server.protocol import PARAM_NAMES, GenerationRequest
+from qjax.server.request_id import request_id_of
 from qjax.server.state import ServerState
 
 Outputs = AsyncGenerator[tuple[int, RequestOutput], None]  # (index of the prompt, delta)
@@ -49,10 +49,7 @@ async def read_json(request: web.Request) -> Any:
 
 
 def answer_id(request: web.Request, body: GenerationRequest, prefix: str, separator: str = "-") -> str:
-    """The answer's id: the client's own (in the body or the header), or that of the HTTP request."""
-    header = request.headers.get(HEADER)
-    if body.request_id is None and header is not None:
-        check_request_id(header, HEADER)
+    """The answer's id: the body's own, or that of the HTTP request."""
     return f"{prefix}{separator}{body.request_id or request_id_of(request)}"
 
 

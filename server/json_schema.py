@@ -41,6 +41,7 @@ class Definitions:
         for name, limit in limits.items():
             if limit is not None:
                 _limit(schema, name, limit)
+        schema |= f.metadata.get("schema", {})
         is_required = f.default is MISSING
         if is_required:
             schema = _without_null(schema)

@@ -151,7 +151,7 @@ class MessagesRequest(CountTokensRequest):
     max_tokens: int = body_field("Tokens to write at most, thinking included", MISSING, minimum=1)
     stream: bool = body_field("Send events as the answer is written", False)
     stop_sequences: list[str] | None = body_field("Strings that end the answer", max_items=MAX_STOP_STRINGS)
-    temperature: float | None = body_field("In [0, 2]; 0 is greedy")
+    temperature: float | None = body_field("In [0, 2]; 0 is greedy", schema={"minimum": 0, "maximum": 2})
     top_p: float | None = body_field("In (0, 1]: only the likeliest tokens with this share")
     top_k: int | None = body_field("Only this many of the likeliest tokens; 0 or -1: all")
     cache_salt: str | None = body_field("Only requests with the same salt share cached prompts")

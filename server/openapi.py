@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 
 from aiohttp import web
 
-from qjax.server.answer_schemas import ERROR, MESSAGES_ERROR, STRING
+from qjax.server.answer_schemas import ERROR, EVENT, MESSAGES_ERROR, STRING
 from qjax.server.json_schema import Definitions, Schema
+from qjax.server.protocol import REQUEST_ID
 from qjax.server.request_id import HEADER
 from qjax.server.routes import Route
 from qjax.server.version import VERSION
@@ -71,7 +72,12 @@ def _operation(route: Route, definitions: Definitions, needs_key: bool) -> dict[
     return operation
 
 
-_REQUEST_ID = {"name": HEADER, "in": "header", "schema": STRING, "description": "Comes back with the response"}
+_REQUEST_ID = {
+    "name": HEADER,
+    "in": "header",
+    "schema": STRING,
+    "description": f"Comes back with the response if it matches ^{REQUEST_ID.pattern}$; else a random one does",
+}
 _ID_HEADER = {HEADER: {"schema": STRING, "description": "The request's own, else a random one"}}
 
 
@@ -115,7 +121,7 @@ def _success(route: Route) -> dict[str, Any]:
     else:
         content["application/json"] = {"schema": route.answer or {"type": "object"}}
     if route.streams:
-        content["text/event-stream"] = {"schema": STRING}
+        content["text/event-stream"] = {"schema": EVENT}
     description = "The answer; with `stream`, as server-sent events" if route.streams else "The answer"
     return {"description": description, "headers": _ID_HEADER, "content": content}
 

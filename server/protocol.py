@@ -20,7 +20,7 @@ MAX_PROMPTS = 1024
 MAX_STOP_STRINGS = 16
 MAX_BAD_WORDS = 128
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:\-]{1,128}")
-CACHE_SALT = re.compile(r"[^@/\\\0]{1,128}")
+CACHE_SALT = re.compile(r"[^@/\\\x00]{1,128}")
 SAMPLING_NAMES = frozenset(f.name for f in dataclasses.fields(SamplingParams))
 PARAM_NAMES = SAMPLING_NAMES | {"prompt", "priority", "request_id", "cache_salt"}  # that an error may begin with
 
@@ -47,6 +47,10 @@ _NO_EFFECT_IN_BOTH = {
 }
 
 
+def _range(low: float, high: float) -> dict[str, float]:
+    return {"minimum": low, "maximum": high}
+
+
 @dataclass(frozen=True, kw_only=True)
 class StreamOptions:
     """What a stream carries beside the text."""
@@ -71,14 +75,24 @@ class RepetitionDetection:
 class SamplingFields:
     """What every endpoint that writes text takes under the same names."""
 
-    temperature: float | None = body_field("In [0, 2]; 0 is greedy")
-    top_p: float | None = body_field("In (0, 1]: only the likeliest tokens with this share")
+    temperature: float | None = body_field("In [0, 2]; 0 is greedy", schema=_range(0, 2))
+    top_p: float | None = body_field(
+        "In (0, 1]: only the likeliest tokens with this share", schema={"exclusiveMinimum": 0, "maximum": 1}
+    )
     top_k: int | None = body_field("Only this many of the likeliest tokens; 0 or -1: all")
-    min_p: float | None = body_field("In [0, 1]: only tokens at least this likely, relative to the likeliest")
+    min_p: float | None = body_field(
+        "In [0, 1]: only tokens at least this likely, relative to the likeliest", schema=_range(0, 1)
+    )
     seed: int | None = body_field("Makes the answer repeatable; null or -1: random")
-    presence_penalty: float | None = body_field("In [-2, 2]: subtracted once for a token that was written")
-    frequency_penalty: float | None = body_field("In [-2, 2]: subtracted for each time a token was written")
-    repetition_penalty: float | None = body_field("Above 0; divides the logits of tokens of prompt and answer")
+    presence_penalty: float | None = body_field(
+        "In [-2, 2]: subtracted once for a token that was written", schema=_range(-2, 2)
+    )
+    frequency_penalty: float | None = body_field(
+        "In [-2, 2]: subtracted for each time a token was written", schema=_range(-2, 2)
+    )
+    repetition_penalty: float | None = body_field(
+        "Above 0; divides the logits of tokens of prompt and answer", schema={"exclusiveMinimum": 0}
+    )
     logit_bias: dict[int, float] | None = body_field("Token id to a number added to its logit, cut to [-100, 100]")
     allowed_token_ids: list[int] | None = body_field("Only these tokens are sampled")
     bad_words: list[str] | None = body_field("Strings that are never written", max_items=MAX_BAD_WORDS)
@@ -94,8 +108,12 @@ class SamplingFields:
     thinking_token_budget: int | None = body_field("Tokens after which the think block is closed; -1: any", minimum=-1)
     repetition_detection: RepetitionDetection | None = body_field("Ends an answer that has run into a loop")
     priority: int = body_field("Lower runs earlier, with --scheduling-policy priority", 0)
-    cache_salt: str | None = body_field("Only requests with the same salt share cached prompts")
-    request_id: str | None = body_field("Becomes a part of the answer's id")
+    cache_salt: str | None = body_field(
+        "Only requests with the same salt share cached prompts", schema={"pattern": rf"^{CACHE_SALT.pattern}$"}
+    )
+    request_id: str | None = body_field(
+        "Becomes a part of the answer's id", schema={"pattern": f"^{REQUEST_ID.pattern}$"}
+    )
 
     def __post_init__(self) -> None:
         if self.request_id is not None:
@@ -111,7 +129,7 @@ class GenerationRequest(SamplingFields):
     model: str | None = body_field("Name of the model; the served one if absent")
     stream: bool = body_field("Send the answer in chunks as it is written", False)
     stream_options: StreamOptions | None = body_field("Only with stream")
-    n: int = body_field("Answers to the same prompt", 1, minimum=1)
+    n: int = body_field("Answers to the same prompt", 1, minimum=1, schema={"maximum": MAX_N})
 
     max_tokens: int | None = body_field("Tokens to write at most", minimum=0)
     detokenize: bool | None = body_field("false: no text, only token ids")
@@ -185,7 +203,7 @@ class GenerationRequest(SamplingFields):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = body_field("The conversation", MISSING)
+    messages: list[dict[str, Any]] = body_field("The conversation", MISSING, schema={"minItems": 1})
     max_completion_tokens: int | None = body_field("Tokens to write at most; absent: what the context has", minimum=0)
     logprobs: bool = body_field("Return the logprob of each token", False)
     top_logprobs: int | None = body_field("Likeliest tokens to return at each position", minimum=-1)

@@ -13,7 +13,7 @@ _ID: web.RequestKey[str] = web.RequestKey("id", str)
 
 
 def request_id_of(request: web.Request) -> str:
-    """The same at each call. A header that is no id is not sent back."""
+    """The same at each call. A header that cannot be an id (`REQUEST_ID`) counts as none: proxies write all sorts."""
     if _ID not in request:
         given = request.headers.get(HEADER, "")
         request[_ID] = given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex

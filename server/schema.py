@@ -27,15 +27,23 @@ class Refused:
     neutral: tuple[Any, ...] = ()
 
 
-def body_field(help: str, default: Any = None, *, minimum: float | None = None, max_items: int | None = None) -> Any:
+def body_field(
+    help: str,
+    default: Any = None,
+    *,
+    minimum: float | None = None,
+    max_items: int | None = None,
+    schema: dict[str, Any] | None = None,
+) -> Any:
     """A field of a request's body.
 
     Args:
       default: the value where the field is absent or null; `MISSING` makes it required.
       minimum: for numbers.
       max_items: for lists.
+      schema: more of its JSON schema, where the limits are checked by whoever owns them.
     """
-    metadata = {"help": help, "minimum": minimum, "max_items": max_items}
+    metadata = {"help": help, "minimum": minimum, "max_items": max_items, "schema": schema or {}}
     if default is MISSING:
         return dataclasses.field(metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import math
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 
 from qjax.config import ServerConfig
@@ -222,8 +223,8 @@ class FakeEngine:
 
 
 def main(folder: str, delay: str, *options: str) -> int:
-    """A server of a fake engine that writes for ever. Options: `die` after 20 tokens, `load` for ever, `short` answers
-    and every endpoint.
+    """A server of a fake engine that writes for ever. Options: `die` after 20 tokens, `load` for ever, `hang` in a
+    step, `short` answers and every endpoint.
     """
     from qjax.server.lifecycle import run_engine
 
@@ -232,6 +233,9 @@ def main(folder: str, delay: str, *options: str) -> int:
     tokenizer = Tokenizer.from_pretrained(folder)
     answer = None if "short" in options else lambda *_: "word " * 10_000
     engine = FakeEngine(tokenizer, answer=answer, delay=float(delay), max_model_len=4096, phases=phases)
+    if "hang" in options:
+        engine.seconds_stalled = 1e6
+        threading.Thread(target=threading.Event().wait).start()  # Python would wait for it
     engine.fail_after = 20 if "die" in options else None
     timeout = next((float(o) for o in options if o.replace(".", "").isdigit()), 30.0)
     config = ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=timeout, server_dev_mode="short" in options)

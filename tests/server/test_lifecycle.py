@@ -199,6 +199,13 @@ class TestProcess:
                 assert response.status == 500
             assert await asyncio.wait_for(process.wait(), 10) == 1
 
+    async def test_a_step_that_does_not_end_does_not_keep_the_process(self, folder):
+        async with self.process(folder, "hang", "0.1") as (process, url), aiohttp.ClientSession() as session:
+            async with session.get(url + "/health") as response:
+                assert response.status == 503 and (await response.json())["status"] == "stalled"
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), 10) == 1
+
     async def test_a_signal_while_loading_does_not_wait_for_it(self, folder):
         async with self.process(folder, "load") as (process, url), aiohttp.ClientSession() as session:
             async with session.get(url + "/health") as response:

@@ -65,6 +65,7 @@ def test_fields_are_described_as_they_are_checked(document):
         "description": "Answers to the same prompt",
         "type": ["integer", "null"],
         "minimum": 1,
+        "maximum": 128,
         "default": 1,
     }
     assert fields["use_beam_search"] == {
@@ -73,6 +74,7 @@ def test_fields_are_described_as_they_are_checked(document):
     }
     assert fields["user"]["description"].startswith("Changes nothing")
     assert fields["stream_options"]["anyOf"][0] == {"$ref": "#/components/schemas/StreamOptions"}
+    assert fields["temperature"]["maximum"] == 2 and fields["request_id"]["pattern"].startswith("^[A-Za-z")
     assert "null" not in str(fields["messages"])
 
 
