@@ -32,10 +32,9 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     params = body.sampling_params(state.engine.default_sampling_params)
     chat = Chat(state, body, prompt, params, model, request_id)
     outputs = generate(state, body, [prompt], params, request_id)
-    headers = {"X-Request-Id": request_id}
     if body.stream:
-        return await sse.stream(request, chat.chunks(outputs), headers)
-    return web.json_response(await chat.whole(outputs), headers=headers, dumps=sse.encode_json)
+        return await sse.stream(request, chat.chunks(outputs))
+    return web.json_response(await chat.whole(outputs), dumps=sse.encode_json)
 
 
 async def render(state: ServerState, body: ChatRequest) -> Prompt:

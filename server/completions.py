@@ -28,10 +28,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     params = body.sampling_params(state.engine.default_sampling_params)
     completion = Completion(state, body, prompts, params, model, request_id)
     outputs = generate(state, body, prompts, params, request_id)
-    headers = {"X-Request-Id": request_id}
     if body.stream:
-        return await sse.stream(request, completion.chunks(outputs), headers)
-    return web.json_response(await completion.whole(outputs), headers=headers, dumps=sse.encode_json)
+        return await sse.stream(request, completion.chunks(outputs))
+    return web.json_response(await completion.whole(outputs), dumps=sse.encode_json)
 
 
 async def read_prompt(state: ServerState, body: CompletionRequest, prompt: str | list[int]) -> Prompt:

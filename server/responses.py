@@ -24,7 +24,7 @@ async def responses(request: web.Request) -> web.StreamResponse:
             chat = await without_oldest_turns(state, chat)
         request_id = answer_id(request, chat, "resp", "_")
         turn = await Turn.prepare(state, chat, request_id)
-        return await answer(request, turn, ResponseWriter(body, turn, model), {"X-Request-Id": request_id})
+        return await answer(request, turn, ResponseWriter(body, turn, model))
 
 
 async def without_oldest_turns(state: ServerState, chat: ChatRequest) -> ChatRequest:

@@ -2,7 +2,8 @@
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
@@ -30,7 +31,7 @@ def named_event(chunk: dict[str, Any]) -> bytes:
 async def stream(
     request: web.Request,
     chunks: AsyncGenerator[dict[str, Any], None],
-    headers: dict[str, str],
+    headers: Mapping[str, str] = MappingProxyType({}),
     encode: Callable[[dict[str, Any]], bytes] = event,
     end: bytes = DONE,
 ) -> web.StreamResponse:

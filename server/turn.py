@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import re
 from collections.abc import AsyncGenerator, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from aiohttp import web
@@ -97,7 +98,9 @@ class Writer(Protocol):
     def result(self) -> dict[str, Any]: ...
 
 
-async def answer(request: web.Request, turn: Turn, writer: Writer, headers: dict[str, str]) -> web.StreamResponse:
+async def answer(
+    request: web.Request, turn: Turn, writer: Writer, headers: Mapping[str, str] = MappingProxyType({})
+) -> web.StreamResponse:
     """The whole answer, or its stream if the request wants one; both are the same writer's."""
     if turn.body.stream:
         return await sse.stream(request, _stream(turn, writer), headers, sse.named_event, end=b"")
