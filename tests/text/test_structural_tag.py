@@ -272,3 +272,15 @@ def test_a_mask_that_fails_is_an_error(compiler):
     mask = np.zeros(-(-VOCAB // 32), np.int32)
     state.fill(mask)
     assert state.error is not None
+
+
+def test_calls_are_allowed_as_the_official_tokenizer_writes_them(official: Tokenizer):
+    """Tokens that reach over the edges of the grammar's parts are what the model has learnt."""
+    compiler = GrammarCompiler(official, 151_936, frozenset({151_645}))
+    calls = compiler.compile(with_tools(None, strict(TOOLS), ToolChoice("required")))
+    state = calls.start()
+    mask = np.zeros(151_936 // 32, np.int32)
+    for token in official.encode(f"{ADD}\n{PING}\n{ADD}"):
+        state.fill(mask)
+        assert mask[token // 32] >> (token % 32) & 1, official.token_text(token)
+        assert state.accept(token)
