@@ -31,7 +31,7 @@ def optional(schema: Schema, **properties: Schema) -> Schema:
 
 
 USAGE = answer(prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER)
-FINISH_REASON = {"enum": ["stop", "length", "tool_calls", "abort"]}
+FINISH_REASON = {"enum": ["stop", "length", "tool_calls", "abort", "repetition"]}
 CHAT_MESSAGE = optional(
     answer(role=STRING, content=TEXT_OR_NULL), reasoning=TEXT_OR_NULL, tool_calls=array(OBJECT), refusal=TEXT_OR_NULL
 )
