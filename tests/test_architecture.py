@@ -32,7 +32,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     "qjax.llm": ("qjax.engine", "qjax.text", *OPTIONS),
     "qjax.research": (
-        *("qjax.llm", "qjax.models", "qjax.models.config", "qjax.checkpoint", "qjax.sharding", "qjax.text", *OPTIONS),
+        *("qjax.llm", "qjax.models", "qjax.models.config", "qjax.checkpoint", "qjax.kernels", "qjax.sharding"),
+        *("qjax.text", *OPTIONS),
     ),
     "qjax.server": ("qjax", "qjax.engine", "qjax.text", *OPTIONS),  # of the engine only what SERVER_MAY_USE says
     "qjax.terminal": ("qjax.engine", "qjax.checkpoint", "qjax.models.config", "qjax.text", *OPTIONS),

@@ -21,7 +21,7 @@ def paged_decode(
     """Attention of one new token a sequence, whose own key and value are in the cache already: [B, N, H].
 
     q             [B, N, H]            query head n reads KV head n // (N // K)
-    kv            [L, 2, P, K, S, H]   see `kv_write`
+    kv            [L, 2, P, K, S, H]   see `norm_rope_write`
     page_table    int32 [B, W]         the sequence's pages in order; entries past its end are page 0
     context_lens  int32 [B]            tokens, the new one included; 0 = a padding row, whose output is 0
     scale         of the scores, H ** -0.5 by default
@@ -52,7 +52,7 @@ def paged_prefill(
     """Causal attention of chunks of prompts whose keys and values are in the cache already: [T, N, H].
 
     q             [T, N, H]
-    kv            [L, 2, P, K, S, H]   see `kv_write`
+    kv            [L, 2, P, K, S, H]   see `norm_rope_write`
     page_table    int32 [B, W]         the sequence's pages in order; entries past its end are page 0
     context_lens  int32 [B]            tokens of the sequence up to its chunk's end
     query_starts  int32 [B + 1]        chunk i has rows query_starts[i] to query_starts[i + 1], the last of them at

@@ -54,12 +54,14 @@ def paged_decode_mosaic(
     K, S = kv.shape[3:5]
     G = N // K
     first_item, num_splits, items = split_items(context_lens, page_table.shape[1] * S, K)
-    # Queries arrive in boxes of whole 8-row tiles. XLA fuses the padding into whatever computed them.
-    q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, -G % 8), (0, 0)))
+    # Queries arrive in boxes of whole 8-row tiles: that of a group, its neighbours with it, or a padded group.
+    stride = G if 8 % G == 0 and N % 8 == 0 else G + -G % 8
+    q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, stride - G), (0, 0)))
     partial, lse = _splits(
         q, kv, page_table, items, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret
     )
-    return _join(partial, lse, first_item, num_splits, G=G, dtype=q.dtype, interpret=interpret).reshape(B, N, H)
+    out = _join(partial, lse, first_item, num_splits, G=G, stride=stride, dtype=q.dtype, interpret=interpret)
+    return out.reshape(B, N, H)
 
 
 def tiles_per_split(num_tiles, num_kv_heads: int):
@@ -99,8 +101,13 @@ def _rows_kept(G: int, H: int) -> int:
 
 
 def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> list[jax.Array]:
-    """Attention within each split: normalised outputs [I, K, num_rows, H] and log2-sum-exp2 [I, K, 8 or 16]."""
-    K, G_padded, H = q.shape[1:]
+    """Attention within each split: normalised outputs [I, K, num_rows, H] and log2-sum-exp2 [I, K, box].
+
+    A group's rows begin at `head * stride % 8` of its box.
+    """
+    B, K, stride, H = q.shape
+    q = q.reshape(B * K * stride, H)
+    box = max(stride, 8)
     P, S = kv.shape[2], kv.shape[4]
     num_items = items.shape[0]
     num_blocks = min(NUM_SMS, num_items * K)
@@ -139,6 +146,7 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
             def handle(turn, done, item, head, seq, first, count, length):
                 del seq
                 q_slot = lax.rem(turn, jnp.int32(2))
+                row = lax.rem(head * stride, jnp.int32(8))
                 plgpu.barrier_wait(q_full.at[q_slot])
 
                 def step(i, state):
@@ -166,8 +174,8 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
                 out_smem[...] = acc / broadcast_rows(sum_, acc.shape)
                 lse_smem[...] = max_ + jnp.log2(sum_)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, num_rows)], out_ref.at[item, head])
-                plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, G_padded)], lse_ref.at[item, head])
+                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(row, num_rows)], out_ref.at[item, head])
+                plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, box)], lse_ref.at[item, head])
 
             for_each_item(handle)
             plgpu.wait_smem_to_gmem(0)
@@ -180,7 +188,9 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
                 del item, length
                 q_slot = lax.rem(turn, jnp.int32(2))
                 plgpu.barrier_wait(q_empty.at[q_slot])
-                plgpu.copy_gmem_to_smem(q_ref.at[seq, head], q_smem.at[q_slot, pl.ds(0, G_padded)], q_full.at[q_slot])
+                first_row = pl.multiple_of(lax.div((seq * K + head) * stride, jnp.int32(8)) * 8, 8)
+                q_box = q_smem.at[q_slot, pl.ds(0, box)]
+                plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first_row, box)], q_box, q_full.at[q_slot])
 
                 def step(i, _):
                     slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
@@ -205,7 +215,7 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
         paged_decode_splits_kernel,
         out_type=[
             jax.ShapeDtypeStruct((num_items, K, num_rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((num_items, K, G_padded), jnp.float32),
+            jax.ShapeDtypeStruct((num_items, K, box), jnp.float32),
         ],
         scratch_types=[
             plgpu.SMEM((2, ROWS_WGMMA, H), dtype, transforms=TILED),
@@ -228,7 +238,7 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
     )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items)
 
 
-def _join(partial, lse, first_item, num_splits, *, G, dtype, interpret) -> jax.Array:
+def _join(partial, lse, first_item, num_splits, *, G, stride, dtype, interpret) -> jax.Array:
     """Joins the splits of each (sequence, KV head): [B, K, G * H]; a sequence without splits gets 0."""
     num_items, K, num_rows, H = partial.shape
     B, size = num_splits.shape[0], num_rows * H
@@ -236,7 +246,7 @@ def _join(partial, lse, first_item, num_splits, *, G, dtype, interpret) -> jax.A
 
     def paged_decode_join_kernel(partial_ref, lse_ref, first_ref, count_ref, out_ref, out_smem):
         seq, head = lax.axis_index("seq"), lax.axis_index("head")
-        first, count = first_ref[seq], count_ref[seq]
+        first, count, row = first_ref[seq], count_ref[seq], lax.rem(head * stride, jnp.int32(8))
         position = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=vector)
 
         def spread(values: list[jax.Array]) -> jax.Array:
@@ -253,7 +263,7 @@ def _join(partial, lse, first_item, num_splits, *, G, dtype, interpret) -> jax.A
                 split = i * JOIN_UNROLL + u
                 item = first + jnp.minimum(split, count - 1)
                 items.append(item)
-                scores.append([jnp.where(split < count, lse_ref[item, head, g], MASKED) for g in range(G)])
+                scores.append([jnp.where(split < count, lse_ref[item, head, row + g], MASKED) for g in range(G)])
             outs = [plgpu.load(partial_ref.at[item, head], layout=vector) for item in items]
             new_max = [jnp.maximum(max_[g], _max([s[g] for s in scores])) for g in range(G)]
             decay = [jnp.exp2(max_[g] - new_max[g]) for g in range(G)]

@@ -5,12 +5,13 @@ the `Tp` tokens of prefill chunks, sequence after sequence. Both parts are padde
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from qjax import sharding
-from qjax.kernels.kv_write import kv_write
+from qjax.kernels.norm_rope_write import norm_rope_write
 from qjax.kernels.paged_attention import paged_decode, paged_prefill
 
 
@@ -46,25 +47,33 @@ class Batch:
     decode: DecodeMetadata | None  # None where Bd = 0
     prefill: PrefillMetadata | None  # None where Tp = 0
 
+    implementation: ClassVar[str | None] = None  # of the model's kernels: the fastest here
+
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: jax.Array, layer: int
+        self,
+        qkv: jax.Array,
+        norms: tuple[jax.Array, jax.Array] | None,
+        eps: float,
+        rope: tuple[jax.Array, jax.Array],
+        cache: jax.Array,
+        layer: int,
     ) -> tuple[jax.Array, jax.Array]:
         """Writes the step's keys and values into the cache, then attends to each token's sequence up to itself.
 
         Args:
-          q: [T, K, G, H], with rotary embedding applied, split on K.
-          k, v: [T, K, H].
+          qkv: [T, K, G + 2, H]: of each KV head its queries, its key, its value, split on K.
+          norms: weights [H] of the queries' and the keys' RMSNorm, `eps` its epsilon; None: the model has none.
+          rope: cos and sin, float32 [T, H / 2].
           cache: [L, 2, P, K, S, H].
           layer: index into the cache's first axis.
         Returns:
           ([T, K, G, H], cache). Rows of padding hold anything.
         """
-        rows = ("tokens", "kv_heads", "head_dim")
-        queries = ("tokens", "kv_heads", "heads_of_kv", "head_dim")
+        heads = ("tokens", "kv_heads", "heads_of_kv", "head_dim")
 
-        def on_shard(q, k, v, cache, slots, decode, prefill):  # K: the device's own KV heads
+        def on_shard(qkv, norms, rope, cache, slots, decode, prefill):  # K: the device's own KV heads
+            q, cache = norm_rope_write(cache, qkv, norms, *rope, slots, eps=eps, layer=layer)
             T, K, G, H = q.shape
-            cache = kv_write(cache, k, v, slots, layer=layer)
             q = q.reshape(T, K * G, H)
             num_decode = 0 if decode is None else decode.context_lens.shape[0]
             out = []
@@ -79,7 +88,7 @@ class Batch:
 
         on_shards = sharding.per_shard(
             on_shard,
-            in_axes=(queries, rows, rows, sharding.KV_CACHE_AXES, None, None, None),
-            out_axes=(queries, sharding.KV_CACHE_AXES),
+            in_axes=(heads, None, None, sharding.KV_CACHE_AXES, None, None, None),
+            out_axes=(heads, sharding.KV_CACHE_AXES),
         )
-        return on_shards(q, k, v, cache, self.slots, self.decode, self.prefill)
+        return on_shards(qkv, norms, rope, cache, self.slots, self.decode, self.prefill)

@@ -3,6 +3,7 @@
 Modules hold weights and static sizes only, never a mesh; they are built and called under `jax.set_mesh`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
+from qjax.kernels.add_rms_norm import add_rms_norm
+from qjax.kernels.elementwise import rms_norm
 
 INIT_STDDEV = 0.02  # Hugging Face's initializer_range for Qwen
 
@@ -88,13 +91,22 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Over the last axis; computed in float32 and rounded before the weight is applied, as transformers does."""
+    """Over the last axis."""
 
     def __init__(self, size: int, axis: str, eps: float, *, dtype: jnp.dtype):
         self.eps = eps
         self.weight = parameter((size,), (axis,), dtype, rngs=None, init=1.0)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return x32.astype(x.dtype) * self.weight[...]
+        return rms_norm(x, self.weight[...], self.eps)
+
+    def after(self, x: jax.Array, delta: jax.Array | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+        """(x + delta, its norm) of [T, D]; `delta` is what the block before adds to the residual stream."""
+        if delta is None:
+            return x, self(x)
+        run = functools.partial(add_rms_norm, eps=self.eps, implementation=implementation)
+        if implementation == "reference":
+            return run(x, delta, self.weight[...])
+        rows = ("tokens", "embed")
+        on_shards = sharding.per_shard(run, in_axes=(rows, rows, ("embed",)), out_axes=(rows, rows))
+        return on_shards(x, delta, self.weight[...])

@@ -6,7 +6,7 @@ them on one axis without moving a row (`K` KV heads, each with its `G` query hea
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,10 @@ from flax import nnx
 from qjax import sharding
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Linear, RMSNorm, matmul
-from qjax.models.rope import apply_rope, rope_angles
+from qjax.models.rope import rope_angles
+
+type QKNorms = tuple[jax.Array, jax.Array]  # weights [H] of the queries' and the keys' RMSNorm
+type Rope = tuple[jax.Array, jax.Array]  # cos and sin, float32 [T, H / 2]
 
 
 class AttendingBatch(Protocol):
@@ -27,9 +30,11 @@ class AttendingBatch(Protocol):
     @property
     def positions(self) -> jax.Array: ...  # int32 [T]
 
+    implementation: ClassVar[str | None]  # of kernels outside attention; "reference" has gradients
+
     def attend(
-        self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, layer: int
-    ) -> tuple[jax.Array, Any]: ...  # q [T, K, G, H], k and v [T, K, H] → [T, K, G, H], cache
+        self, qkv: jax.Array, norms: QKNorms | None, eps: float, rope: Rope, cache: Any, layer: int
+    ) -> tuple[jax.Array, Any]: ...  # qkv [T, K, G + 2, H] → [T, K, G, H], cache
 
 
 class Qwen3ForCausalLM(nnx.Module):
@@ -66,12 +71,12 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def __call__(self, batch: AttendingBatch, cache: Any) -> tuple[jax.Array, Any]:
         """Hidden states after the last norm [T, D], and the cache with the step's keys and values."""
-        x = self.embed_tokens(batch.token_ids)  # [T, D]
+        x, delta = self.embed_tokens(batch.token_ids), None  # [T, D]; what is yet to be added to the residual stream
         rope = rope_angles(batch.positions, self.config)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                x, cache = layer(x, rope, batch, cache, index)
-        return self.norm(x), cache
+                x, delta, cache = layer(x, delta, rope, batch, cache, index)
+        return self.norm.after(x, delta, batch.implementation)[1], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, D] → float32 [R, V], whole on every device."""
@@ -91,11 +96,13 @@ class DecoderLayer(nnx.Module):
         self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], batch: AttendingBatch, cache: Any, layer: int
-    ) -> tuple[jax.Array, Any]:
-        attended, cache = self.self_attn(self.input_layernorm(x), rope, batch, cache, layer)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        self, x: jax.Array, delta: jax.Array | None, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
+    ) -> tuple[jax.Array, jax.Array, Any]:
+        """The residual stream and what it has yet to take up: an addition and the norm behind it are one kernel."""
+        x, normed = self.input_layernorm.after(x, delta, batch.implementation)
+        attended, cache = self.self_attn(normed, rope, batch, cache, layer)
+        x, normed = self.post_attention_layernorm.after(x, attended, batch.implementation)
+        return x, self.mlp(normed), cache
 
 
 class Attention(nnx.Module):
@@ -121,14 +128,12 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, "head_dim", config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, rope: tuple[jax.Array, jax.Array], batch: AttendingBatch, cache: Any, layer: int
+        self, x: jax.Array, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
     ) -> tuple[jax.Array, Any]:
-        qkv = self.qkv_proj(x)  # [T, K, G + 2, H]
-        q, k, v = qkv[:, :, :-2], qkv[:, :, -2], qkv[:, :, -1]
+        norms, eps = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        out, cache = batch.attend(q, k, v, cache, layer)  # [T, K, G, H]
+            norms, eps = (self.q_norm.weight[...], self.k_norm.weight[...]), self.q_norm.eps
+        out, cache = batch.attend(self.qkv_proj(x), norms, eps, rope, cache, layer)  # [T, K, G, H]
         return self.o_proj(out), cache
 
 

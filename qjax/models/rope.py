@@ -50,14 +50,6 @@ def rope_angles(positions: jax.Array, config: ModelConfig) -> tuple[jax.Array, j
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + H / 2) of x [T, ..., H] in float32; cos and sin [T, H / 2]. Returns x's dtype."""
-    shape = (x.shape[0],) + (1,) * (x.ndim - 2) + (cos.shape[-1],)
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-
-
 def _yarn_attention_factor(rope: dict, factor: float) -> float:
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0

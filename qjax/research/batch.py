@@ -4,11 +4,12 @@ The model wants one row of T tokens, so the rows [B, L] lie one after the other,
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 
 from qjax import sharding
+from qjax.kernels.elementwise import norm_and_rotate
 from qjax.research.attention import block_causal_mask, dense_attention
 
 
@@ -21,17 +22,26 @@ class PackedBatch:
     positions: jax.Array  # int32 [T] from 0 in each document
     segment_ids: jax.Array  # int32 [T] number of the document in its row, from 1; 0: padding
     row_length: int = field(metadata={"static": True})  # L
-    implementation: str = field(default="xla", metadata={"static": True})  # of the attention: "xla" or "cudnn"
+    attention: str = field(default="xla", metadata={"static": True})  # "xla" or "cudnn"
+    implementation: ClassVar[str | None] = "reference"  # of the model's kernels: what has gradients
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array, cache: Any, layer: int) -> tuple[jax.Array, Any]:
+    def attend(
+        self,
+        qkv: jax.Array,
+        norms: tuple[jax.Array, jax.Array] | None,
+        eps: float,
+        rope: tuple[jax.Array, jax.Array],
+        cache: Any,
+        layer: int,
+    ) -> tuple[jax.Array, Any]:
         """Attention inside each document; `cache` and `layer` are the engine's matter and passed through.
 
         Args:
-          q: [T, K, G, H], with rotary embedding applied, T split over data and K over tensor parallelism.
-          k, v: [T, K, H].
+          qkv: [T, K, G + 2, H], T split over data and K over tensor parallelism; norms, eps and rope: see `Batch`.
         Returns:
           ([T, K, G, H], cache).
         """
+        q, k, v = norm_and_rotate(qkv, norms, eps, *rope)
         L = self.row_length
 
         def on_shard(q, k, v, segment_ids):  # the device's own rows and KV heads
@@ -42,7 +52,7 @@ class PackedBatch:
                 k.reshape(T // L, L, K, H),
                 v.reshape(T // L, L, K, H),
                 mask,
-                self.implementation,
+                self.attention,
             )
             return out.reshape(T, K, G, H)
 

@@ -38,7 +38,8 @@ def hidden_states(
     for index, layer in enumerate(model.layers):
 
         def run(x: jax.Array, layer=layer, index: int = index) -> jax.Array:
-            return layer(x, rope, batch, None, index)[0]
+            x, delta, _ = layer(x, None, rope, batch, None, index)
+            return x + delta
 
         with jax.named_scope(f"layer_{index}"):
             x = jax.checkpoint(run)(x) if options.remat else run(x)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qjax.models.config import ModelConfig, apply_overrides
-from qjax.models.rope import apply_rope, rope_angles, rope_frequencies
+from qjax.kernels.elementwise import apply_rope
+from qjax.models.rope import rope_angles, rope_frequencies
 from tests.tiny import TINY
 
 GOLDEN = Path(__file__).parent.parent / "golden"
