@@ -1,5 +1,7 @@
 """Plain jnp of what several kernels compute along the way."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,11 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return x32.astype(x.dtype) * weight
+
+
+def add_parts(x: jax.Array, parts: jax.Array) -> jax.Array:
+    """x + the sum of parts [P, ...], which is rounded to x's dtype first."""
+    return x + functools.reduce(lambda a, b: a + b, list(parts)).astype(x.dtype)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("tokens", None),
     ("rows", _DATA),  # tokens of packed training rows, row after row
     ("rank", None),  # of a LoRA adapter
+    ("parts", None),  # of a sum that is yet to be taken
 )
 KV_CACHE_AXES = ("layers", "keys_values", "pages", "kv_heads", "page_slots", "head_dim")
 

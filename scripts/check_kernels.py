@@ -137,7 +137,7 @@ def check_norm_rope_write(num_tokens: int, N: int, K: int, S: int, implementatio
 
     def run(name: str) -> list[np.ndarray]:
         return [
-            np.asarray(x)
+            np.array(x)
             for x in jax.jit(functools.partial(norm_rope_write, eps=1e-6, layer=1, implementation=name))(*args)
         ]
 
@@ -160,7 +160,7 @@ def check_add_rms_norm(num_rows: int, size: int, implementation: str) -> dict:
     keys = jax.random.split(jax.random.key(0), 3)
     x, delta = (jax.random.normal(key, (num_rows, size), jnp.bfloat16) for key in keys[:2])
     weight = jax.random.normal(keys[2], (size,), jnp.bfloat16)
-    run = lambda name: jax.jit(functools.partial(add_rms_norm, eps=1e-6, implementation=name))(x, delta, weight)
+    run = lambda name: jax.jit(functools.partial(add_rms_norm, eps=1e-6, implementation=name))(x, delta[None], weight)
     (added, normed), (expected_added, expected) = run(implementation), run("reference")
     worst = float(jnp.abs(normed.astype(jnp.float32) - expected.astype(jnp.float32)).max())
     return {

@@ -2,9 +2,9 @@
 
 import jax
 
-from qjax.kernels.elementwise import rms_norm
+from qjax.kernels.elementwise import add_parts, rms_norm
 
 
-def add_rms_norm_ref(x: jax.Array, delta: jax.Array, weight: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
-    x = x + delta
+def add_rms_norm_ref(x: jax.Array, parts: jax.Array, weight: jax.Array, *, eps: float) -> tuple[jax.Array, jax.Array]:
+    x = add_parts(x, parts)
     return x, rms_norm(x, weight, eps)

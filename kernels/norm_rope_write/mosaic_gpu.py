@@ -64,7 +64,7 @@ def norm_rope_write_mosaic(kv, qkv, norms, cos, sin, slots, *, eps: float, layer
                 plgpu.copy_smem_to_gmem(k_row, kv_ref.at[k_page, pl.ds(head, 1), offset])
                 plgpu.copy_smem_to_gmem(v_row, kv_ref.at[k_page + P, pl.ds(head, 1), offset])
 
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     # A Ref that the kernel writes is aliased to the result, which is what makes the write happen in place. TMA knows
     # at most five axes, hence the flat view of (layer, keys or values, page).

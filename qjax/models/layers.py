@@ -13,6 +13,7 @@ from flax import nnx
 from qjax import sharding
 from qjax.kernels.add_rms_norm import add_rms_norm
 from qjax.kernels.elementwise import rms_norm
+from qjax.kernels.small_matmul import small_matmul
 
 INIT_STDDEV = 0.02  # Hugging Face's initializer_range for Qwen
 
@@ -68,7 +69,7 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs | None,
     ):
         self.inputs = tuple(range(num_inputs))
-        self.out_axes = axes[num_inputs:]
+        self.axes, self.out_axes = axes, axes[num_inputs:]
         self.kernel = parameter(shape, axes, dtype, rngs=rngs)
         self.bias = parameter(shape[num_inputs:], self.out_axes, dtype, rngs=None) if use_bias else None
 
@@ -77,6 +78,22 @@ class Linear(nnx.Module):
         out_sharding = sharding.spec_like(x, *self.out_axes)
         y = matmul(x, self.kernel[...], self.inputs, out_sharding=out_sharding)
         return y if self.bias is None else y + self.bias[...]
+
+    def parts(self, x: jax.Array, implementation: str | None) -> jax.Array:
+        """[P, T, *outputs] that adds up to what a call gives: float32 where the sum is left to the next kernel."""
+        is_split = sharding.tensor_parallel_size(jax.sharding.get_abstract_mesh()) > 1
+        if implementation == "reference" or is_split or self.bias is not None:
+            return self(x)[None]
+        inputs, shape = self.axes[: len(self.inputs)], self.kernel.shape[len(self.inputs) :]
+
+        def on_device(x, kernel):
+            rows = x.reshape(x.shape[0], -1)
+            parts = small_matmul(rows, kernel.reshape(rows.shape[1], -1), implementation=implementation)
+            return (parts.reshape(parts.shape[0], x.shape[0], *shape),)
+
+        out_axes = ("parts", "tokens", *self.out_axes)
+        on_devices = sharding.per_shard(on_device, in_axes=(("tokens", *inputs), self.axes), out_axes=(out_axes,))
+        return on_devices(x, self.kernel[...])[0]
 
 
 class Embedding(nnx.Module):
@@ -100,13 +117,13 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], self.eps)
 
-    def after(self, x: jax.Array, delta: jax.Array | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
-        """(x + delta, its norm) of [T, D]; `delta` is what the block before adds to the residual stream."""
-        if delta is None:
+    def after(self, x: jax.Array, parts: jax.Array | None, implementation: str | None) -> tuple[jax.Array, jax.Array]:
+        """x + parts and the norm of that, [T, D]; `parts` [P, T, D] is what the block before adds to the residual."""
+        if parts is None:
             return x, self(x)
         run = functools.partial(add_rms_norm, eps=self.eps, implementation=implementation)
         if implementation == "reference":
-            return run(x, delta, self.weight[...])
+            return run(x, parts, self.weight[...])
         rows = ("tokens", "embed")
-        on_shards = sharding.per_shard(run, in_axes=(rows, rows, ("embed",)), out_axes=(rows, rows))
-        return on_shards(x, delta, self.weight[...])
+        on_shards = sharding.per_shard(run, in_axes=(rows, ("parts", *rows), ("embed",)), out_axes=(rows, rows))
+        return on_shards(x, parts, self.weight[...])

@@ -71,12 +71,12 @@ class Qwen3ForCausalLM(nnx.Module):
 
     def __call__(self, batch: AttendingBatch, cache: Any) -> tuple[jax.Array, Any]:
         """Hidden states after the last norm [T, D], and the cache with the step's keys and values."""
-        x, delta = self.embed_tokens(batch.token_ids), None  # [T, D]; what is yet to be added to the residual stream
+        x, parts = self.embed_tokens(batch.token_ids), None  # [T, D]; what is yet to be added to the residual stream
         rope = rope_angles(batch.positions, self.config)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                x, delta, cache = layer(x, delta, rope, batch, cache, index)
-        return self.norm.after(x, delta, batch.implementation)[1], cache
+                x, parts, cache = layer(x, parts, rope, batch, cache, index)
+        return self.norm.after(x, parts, batch.implementation)[1], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """[R, D] → float32 [R, V], whole on every device."""
@@ -96,13 +96,13 @@ class DecoderLayer(nnx.Module):
         self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, delta: jax.Array | None, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
+        self, x: jax.Array, parts: jax.Array | None, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
     ) -> tuple[jax.Array, jax.Array, Any]:
         """The residual stream and what it has yet to take up: an addition and the norm behind it are one kernel."""
-        x, normed = self.input_layernorm.after(x, delta, batch.implementation)
+        x, normed = self.input_layernorm.after(x, parts, batch.implementation)
         attended, cache = self.self_attn(normed, rope, batch, cache, layer)
         x, normed = self.post_attention_layernorm.after(x, attended, batch.implementation)
-        return x, self.mlp(normed), cache
+        return x, self.mlp(normed, batch.implementation), cache
 
 
 class Attention(nnx.Module):
@@ -134,7 +134,7 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norms, eps = (self.q_norm.weight[...], self.k_norm.weight[...]), self.q_norm.eps
         out, cache = batch.attend(self.qkv_proj(x), norms, eps, rope, cache, layer)  # [T, K, G, H]
-        return self.o_proj(out), cache
+        return self.o_proj.parts(out, batch.implementation), cache
 
 
 class FeedForward(nnx.Module):
@@ -145,9 +145,10 @@ class FeedForward(nnx.Module):
         self.gate_up_proj = Linear((D, 2, F), ("embed", "gate_up", "mlp"), dtype=dtype, rngs=rngs)
         self.down_proj = Linear((F, D), ("mlp", "embed"), dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        gate_up = self.gate_up_proj(x)  # [T, 2, F]
-        return self.down_proj(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1])
+    def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
+        """[P, T, D]: see `Linear.parts`."""
+        gate_up = jnp.sum(self.gate_up_proj.parts(x, implementation), axis=0).astype(x.dtype)  # [T, 2, F]
+        return self.down_proj.parts(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], implementation)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from qjax import sharding
+from qjax.kernels.elementwise import add_parts
 from qjax.models.qwen3 import ModelDef, merge
 from qjax.models.rope import rope_angles
 from qjax.research import loss
@@ -38,8 +39,8 @@ def hidden_states(
     for index, layer in enumerate(model.layers):
 
         def run(x: jax.Array, layer=layer, index: int = index) -> jax.Array:
-            x, delta, _ = layer(x, None, rope, batch, None, index)
-            return x + delta
+            x, parts, _ = layer(x, None, rope, batch, None, index)
+            return add_parts(x, parts)
 
         with jax.named_scope(f"layer_{index}"):
             x = jax.checkpoint(run)(x) if options.remat else run(x)
