@@ -34,6 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--enforce-eager", action="store_true", help="compile at first use, in each figure's warm-up")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--out", default="", help="append the JSON lines to this file")
+    parser.add_argument("--profile", default="", help="folder for a profile of each decode batch, after all figures")
     return parser.parse_args()
 
 
@@ -155,6 +156,11 @@ def main() -> None:
             in_tokens=sum(map(len, prompts)),
             raw=raw,
         )
+
+    for batch in (int(b) for b in args.batches.split(",")) if args.profile else ():
+        prompts = [prompt(128) for _ in range(batch)]
+        with jax.profiler.trace(os.path.join(args.profile, f"decode_b{batch}")):
+            run(prompts, params(33))
 
     compiles = llm.engine.runner.compiles
     say(figure="done", num_compiles=compiles.count, compile_seconds=round(compiles.seconds, 1))
