@@ -116,13 +116,15 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
 
     pooling = find_pooling(config, folder, hf_config)
     model = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
+    model.check_quantization(config.quantization)
     embeddings = "shared with the output" if model.tie_word_embeddings else "output separate"
     rope = f", {model.rope_scaling['rope_type']} × {model.rope_scaling['factor']}" if model.rope_scaling else ""
+    quantized = "" if model.quantization is None else f", quantised: {model.quantization.method}"
     rows = {
         "folder": folder,
         "architecture": model.architecture,
         "made for": "text" if pooling is None else {"embed": "embeddings", "score": "scores"}[pooling.kind],
-        "parameters": f"{_count(model.num_params)} ({model.dtype})",
+        "parameters": f"{_count(model.num_params)} ({model.dtype}{quantized})",
         "layers": f"{model.num_hidden_layers}, hidden size {model.hidden_size}, feed-forward {model.intermediate_size}",
         "attention": f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
         "vocabulary": f"{model.vocab_size} ({embeddings})",

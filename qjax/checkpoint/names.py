@@ -6,8 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from qjax.models.config import ModelConfig
+from qjax.quantization.config import TENSORS, Stored
 
 Tensors = Mapping[str, np.ndarray]
+# By the parameter's name; a kernel is "weight" in every checkpoint, quantised or not.
+STORED = {
+    "kernel": Stored("weight", "", 1, 1),
+    "bias": Stored("bias", "", 1, 1),
+    **{name: stored for tensors in TENSORS.values() for name, stored in tensors.items() if name != "kernel"},
+}
 
 
 @dataclass(frozen=True)
@@ -32,27 +39,49 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int) -> Leaf:
     """
     *owner, module, kind = path.split(".")
     prefix = ".".join(["model", *owner])
-    D, F, V = config.hidden_size, config.intermediate_size, config.vocab_size
+    D, V = config.hidden_size, config.vocab_size
     match (module, kind):
         case ("embed_tokens", _):
             return _plain("model.embed_tokens.weight", (V, D))
         case ("lm_head", _):
             return _transposed("lm_head.weight", (V, D), axis=1)
-        case ("down_proj", _):
-            return _transposed(f"{prefix}.down_proj.weight", (D, F), axis=0)
-        case ("gate_up_proj", _):
-            return _gate_up(prefix, D, F)
-        case ("qkv_proj", _):
-            return _qkv(prefix, config, num_kv_heads, "weight" if kind == "kernel" else "bias")
-        case ("o_proj", "kernel"):
-            return _output(f"{prefix}.o_proj.weight", config, num_kv_heads)
         case ("o_proj", "bias"):
             return _plain(f"{prefix}.o_proj.bias", (D,))
+        case ("qkv_proj" | "o_proj" | "gate_up_proj" | "down_proj", _) if kind in STORED:
+            stored = STORED[kind]
+            leaf = _projection(prefix, module, stored, config, num_kv_heads)
+            return _flipped(leaf) if stored.is_transposed else leaf
         case ("q_norm" | "k_norm", _):
             return _plain(f"{prefix}.{module}.weight", (config.head_dim,))
         case ("norm" | "input_layernorm" | "post_attention_layernorm", _):
             return _plain(f"{prefix}.{module}.weight", (D,))
     raise RuntimeError(f"no rule for the weight {path!r}")
+
+
+def _projection(prefix: str, module: str, stored: Stored, config: ModelConfig, K: int) -> Leaf:
+    """A tensor of a projection, as if it was stored [out, in]."""
+    D, F, H, kind = config.hidden_size, config.intermediate_size, config.head_dim, stored.name
+    out, inner = stored.out_step, stored.in_step
+    match module:
+        case "qkv_proj":
+            return _qkv(prefix, kind, D // inner, H // out, config, K)
+        case "o_proj":
+            return _output(f"{prefix}.o_proj.{kind}", D // out, H // inner, config, K)
+        case "gate_up_proj":
+            return _gate_up(prefix, kind, D // inner, F // out)
+    return _transposed(f"{prefix}.{module}.{kind}", (D // out, F // inner), axis=0)
+
+
+def _flipped(leaf: Leaf) -> Leaf:
+    """The same leaf of tensors stored [in, out]."""
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        return leaf.read({name: tensors[name].T for name in leaf.shapes}, start, stop)
+
+    def write(array: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: tensor.T for name, tensor in leaf.write(array).items()}
+
+    return Leaf({name: shape[::-1] for name, shape in leaf.shapes.items()}, leaf.axis, read, write)
 
 
 def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
@@ -86,9 +115,9 @@ def _transposed(name: str, shape: tuple[int, int], axis: int) -> Leaf:
     return Leaf({name: shape}, axis, read, lambda leaf: {name: leaf.T})
 
 
-def _gate_up(prefix: str, D: int, F: int) -> Leaf:
+def _gate_up(prefix: str, kind: str, D: int, F: int) -> Leaf:
     """[D, 2, F] of gate_proj and up_proj [F, D]."""
-    names = [f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"]
+    names = [f"{prefix}.gate_proj.{kind}", f"{prefix}.up_proj.{kind}"]
 
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
         out = np.empty((D, 2, stop - start), tensors[names[0]].dtype)
@@ -99,15 +128,15 @@ def _gate_up(prefix: str, D: int, F: int) -> Leaf:
     return Leaf(dict.fromkeys(names, (F, D)), 2, read, lambda leaf: {n: leaf[:, i].T for i, n in enumerate(names)})
 
 
-def _qkv(prefix: str, config: ModelConfig, K: int, kind: str) -> Leaf:
+def _qkv(prefix: str, kind: str, D: int, H: int, config: ModelConfig, K: int) -> Leaf:
     """Kernel [D, K, G + 2, H], or bias [K, G + 2, H], of q_proj [N * H, D] and k_proj, v_proj [heads * H, D].
 
     Each of the checkpoint's KV heads is there `copies` times, every copy with its own G query heads.
     """
     q, k, v = (f"{prefix}.{x}_proj.{kind}" for x in "qkv")
-    D, H, N = config.hidden_size, config.head_dim, config.num_attention_heads
+    N = config.num_attention_heads
     G, copies = N // K, K // config.num_key_value_heads
-    tail = (D,) if kind == "weight" else ()
+    tail = () if kind == "bias" else (D,)
     shapes = {q: (N * H, *tail), **dict.fromkeys((k, v), (config.num_key_value_heads * H, *tail))}
 
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
@@ -132,14 +161,14 @@ def _qkv(prefix: str, config: ModelConfig, K: int, kind: str) -> Leaf:
     return Leaf(shapes, len(tail), read, write)
 
 
-def _output(name: str, config: ModelConfig, K: int) -> Leaf:
+def _output(name: str, D: int, H: int, config: ModelConfig, K: int) -> Leaf:
     """[K, G, H, D] of o_proj [D, N * H]."""
-    D, H, N = config.hidden_size, config.head_dim, config.num_attention_heads
+    N = config.num_attention_heads
     G = N // K
 
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
         out = np.empty(((stop - start) * G * H, D), tensors[name].dtype)
         _transpose_into(out, tensors[name][:, start * G * H : stop * G * H])
-        return out.reshape(-1, G, H, D)
+        return out.reshape(stop - start, G, H, D)
 
     return Leaf({name: (D, N * H)}, 0, read, lambda leaf: {name: leaf.reshape(N * H, D).T})

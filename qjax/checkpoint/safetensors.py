@@ -27,7 +27,11 @@ from qjax.models.qwen3 import ModelDef, abstract_model
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+FLOATS = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+# Those of quantised weights are never converted.
+DTYPES = FLOATS | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "I32": np.dtype(np.int32)}
+# Of dummy weights: numbers of the size that normal(0.02) has once dequantised; AWQ's zero points are all 8.
+FILLS = {"bias": 0, "weight": 1, "weight_scale_inv": INIT_STDDEV, "scales": INIT_STDDEV / 4.6, "qzeros": -0x77777778}
 NUM_READERS = min(16, os.cpu_count() or 1)  # threads; each holds one device's part of one leaf
 
 
@@ -49,7 +53,7 @@ def load_params(
     modeldef, leaves = abstract_model(config, dtype, mesh)
     rules = _rules(config, mesh, modeldef)
     tensors = _full_names(open_folder(folder))
-    _check_tensors(tensors, rules, config, folder)
+    _check_tensors(tensors, rules, leaves, config, folder)
 
     total = sum(tensors[name].nbytes for rule in rules for name in rule.shapes)
     with tqdm(
@@ -77,13 +81,16 @@ def load_params(
 
 
 def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, seed: int = 0) -> tuple[jax.Array, ...]:
-    """Random weights made on the devices: norms 1, biases 0, all else normal(0.02). The same on any mesh."""
+    """Random weights made on the devices: norms 1, biases 0, all else normal(0.02). The same on any mesh.
+
+    Quantised weights are random and their scales one number, so that they are about normal(0.02) (AWQ's: uniform).
+    """
     leaves = tuple(leaves)
     key = jax.device_put(jax.random.key(seed), sharding.replicated(leaves[0].sharding.mesh))
 
     def make(i: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if path.endswith((".bias", "norm.weight")):
-            fill = np.full(leaf.shape, 0 if path.endswith(".bias") else 1, leaf.dtype)
+        if path.endswith((".bias", "norm.weight", ".weight_scale_inv", ".scales", ".qzeros")):
+            fill = np.full(leaf.shape, FILLS[path.rpartition(".")[2]], leaf.dtype)
             return jax.device_put(fill, leaf.sharding)
         return _random_leaf(key, i, shape=leaf.shape, dtype=leaf.dtype, where=leaf.sharding)
 
@@ -93,7 +100,12 @@ def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, see
 def save_params(
     leaves: Iterable[jax.Array], config: ModelConfig, folder: str | os.PathLike, mesh: jax.sharding.Mesh
 ) -> None:
-    """Writes `model.safetensors` with Hugging Face's names and shapes, in the leaves' dtype, leaf after leaf."""
+    """Writes `model.safetensors` with Hugging Face's names and shapes, in the leaves' dtype, leaf after leaf.
+
+    Raises:
+      ValueError: the model is quantised.
+    """
+    config.check_not_quantized("save_params")
     leaves = tuple(leaves)
     modeldef, _ = abstract_model(config, leaves[0].dtype, mesh)
     rules = _rules(config, mesh, modeldef)
@@ -192,14 +204,24 @@ def _rules(config: ModelConfig, mesh: jax.sharding.Mesh, modeldef: ModelDef) -> 
 
 
 def _check_tensors(
-    tensors: Mapping[str, np.ndarray], rules: Iterable[Leaf], config: ModelConfig, folder: str | os.PathLike
+    tensors: Mapping[str, np.ndarray],
+    rules: Iterable[Leaf],
+    leaves: Iterable[jax.ShapeDtypeStruct],
+    config: ModelConfig,
+    folder: str | os.PathLike,
 ) -> None:
-    expected = {name: shape for rule in rules for name, shape in rule.shapes.items()}
-    for name, shape in expected.items():
+    expected: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for rule, leaf in zip(rules, leaves, strict=True):
+        expected |= {name: (shape, leaf.dtype) for name, shape in rule.shapes.items()}
+    for name, (shape, dtype) in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name} {list(shape)} is missing.")
         if tensors[name].shape != shape:
             raise ValueError(f"{folder}: tensor {name} has shape {list(tensors[name].shape)}, expected {list(shape)}.")
+        allowed = list(FLOATS.values()) if dtype in FLOATS.values() else [dtype]
+        if tensors[name].dtype not in allowed:
+            expects = ", ".join(map(str, allowed))
+            raise ValueError(f"{folder}: tensor {name} has dtype {tensors[name].dtype}, expected {expects}.")
     for name in tensors:
         unused = name.endswith("rotary_emb.inv_freq") or (config.tie_word_embeddings and name == "lm_head.weight")
         unused |= name == "score.weight"  # a converted reranker's: see checkpoint/pooling
@@ -223,5 +245,8 @@ def _place(rule: Leaf, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndar
 def _random_leaf(
     key: jax.Array, index: int, *, shape: tuple[int, ...], dtype: Any, where: jax.NamedSharding
 ) -> jax.Array:
-    values = jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32, out_sharding=where)
-    return (INIT_STDDEV * values).astype(dtype)
+    key = jax.random.fold_in(key, index)
+    if dtype == jnp.int32:  # packed: any bits are weights
+        return jax.lax.bitcast_convert_type(jax.random.bits(key, shape, jnp.uint32, out_sharding=where), dtype)
+    values = jax.random.normal(key, shape, jnp.float32, out_sharding=where)
+    return (values if dtype == jnp.float8_e4m3fn else INIT_STDDEV * values).astype(dtype)

@@ -88,7 +88,7 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
             f"max_num_batched_tokens={max_num_batched_tokens} is less than max_num_seqs={max_num_seqs}: "
             "each running request takes one token of a step."
         )
-    weights = model.num_params * ITEMSIZE[dtype] // tp
+    weights = model.weights_bytes(ITEMSIZE[dtype]) // tp
     activations = _activation_bytes(model, ITEMSIZE[dtype], tp, max_num_seqs, max_num_batched_tokens)
     # With more devices than KV heads, each head is kept on several devices.
     per_token = model.kv_bytes_per_token(ITEMSIZE[dtype]) * max(tp // model.num_key_value_heads, 1) // tp
@@ -147,5 +147,7 @@ def _activation_bytes(model: ModelConfig, itemsize: int, tp: int, max_num_seqs: 
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
     layer = num_tokens * (6 * model.hidden_size + (2 * heads + 4 * model.intermediate_size) // tp) * itemsize
     logits = 4 * (max_num_seqs + MAX_PREFILLS) * model.vocab_size * 4
+    if model.quantization is not None:  # the largest weight's numbers, of this layer and the next
+        layer += 2 * 2 * model.hidden_size * model.intermediate_size * itemsize // tp
     counts = 3 * max_num_seqs * model.vocab_size  # TokenCounts, made when the first request has penalties
     return layer + logits + counts + GPU_RESERVE_BYTES

@@ -6,6 +6,8 @@ import jax
 
 from qjax.engine.runner import Runner
 
+FLOATS = {"float32", "bfloat16", "float16"}
+
 
 def check_weights(leaves: Sequence[jax.Array], new: Sequence[jax.Array], paths: Sequence[str]) -> None:
     """Raises ValueError if `new` are not arrays for `leaves`, which lie at `paths` of the model."""
@@ -14,6 +16,9 @@ def check_weights(leaves: Sequence[jax.Array], new: Sequence[jax.Array], paths: 
     for path, old, array in zip(paths, leaves, new, strict=True):
         if array.shape != old.shape:
             raise ValueError(f"params: {path} has shape {list(array.shape)}, the model's has {list(old.shape)}.")
+        # Numbers are converted, but quantised weights mean nothing without their scales.
+        if array.dtype != old.dtype and not {array.dtype.name, old.dtype.name} <= FLOATS:
+            raise ValueError(f"params: {path} has dtype {array.dtype}, the model's is {old.dtype} (quantised).")
 
 
 def update(runner: Runner, params: Sequence[jax.Array]) -> None:

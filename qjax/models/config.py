@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from qjax.quantization.config import Quantization
+
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
 # What `from_hf` reads of a config.json.
 HF_FIELDS = {
@@ -72,6 +74,7 @@ class ModelConfig:
     dtype: str = "bfloat16"  # of the checkpoint
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    quantization: Quantization | None = None  # None: weights are as they are computed with
 
     def __hash__(self) -> int:  # rope_scaling is a dict
         return hash(repr(self))
@@ -103,6 +106,39 @@ class ModelConfig:
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
         return self.num_hidden_layers * layer + embeddings + d
 
+    def weights_bytes(self, itemsize: int) -> int:
+        """Bytes of all parameters, those that are not quantised with `itemsize`, embeddings counted once when tied."""
+        total = self.num_params * itemsize
+        if self.quantization is None:
+            return total
+        d, f, heads = self.hidden_size, self.intermediate_size, self.num_attention_heads * self.head_dim
+        kv = 2 * self.num_key_value_heads * self.head_dim
+        sizes = {"self_attn.qkv_proj": d * (heads + kv), "self_attn.o_proj": d * heads}
+        sizes |= {"mlp.gate_up_proj": 2 * d * f, "mlp.down_proj": d * f}
+        for layer in range(self.num_hidden_layers):
+            for name, size in sizes.items():
+                if self.quantization.covers(f"model.layers.{layer}.{name}"):
+                    total += self.quantization.num_bytes(size) - size * itemsize
+        return total
+
+    def check_quantization(self, method: str | None) -> None:
+        """Raises ValueError if the option `quantization` asks for another one than the checkpoint's; None: any."""
+        own = None if self.quantization is None else self.quantization.method
+        if method not in (None, own):
+            found = "is not quantised" if own is None else f"is quantised by {own!r}"
+            raise ValueError(
+                f"quantization={method!r}, but the checkpoint {found}. Leave --quantization out to take the "
+                "checkpoint's; qjax does not quantise while loading."
+            )
+
+    def check_not_quantized(self, what: str) -> None:
+        """Raises ValueError, which begins with `what`, for a quantised checkpoint."""
+        if self.quantization is not None:
+            raise ValueError(
+                f"{what}: the model is quantised ({self.quantization.method}), which is for inference only. Use its "
+                "checkpoint in bfloat16."
+            )
+
     def kv_bytes_per_token(self, itemsize: int) -> int:
         """Bytes of K and V of one token over all layers, on all devices together."""
         return 2 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim * itemsize
@@ -124,9 +160,6 @@ class ModelConfig:
             raise ValueError(
                 "config.json: use_sliding_window=true is not supported; qjax attends to the whole context."
             )
-        if config.get("quantization_config"):
-            method = config["quantization_config"].get("quant_method")
-            raise ValueError(f"config.json: quantization_config (quant_method={method!r}) is not supported yet.")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"config.json: hidden_act={config['hidden_act']!r} is not supported, expected 'silu'.")
 
@@ -142,6 +175,7 @@ class ModelConfig:
             raise ValueError(
                 f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}."
             )
+        quantization = config.get("quantization_config")
         rope = _rope_of(config)
         rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
         eos = config.get("eos_token_id")
@@ -164,6 +198,7 @@ class ModelConfig:
             dtype=config.get("dtype") or config.get("torch_dtype") or "bfloat16",
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
             bos_token_id=config.get("bos_token_id"),
+            quantization=Quantization.from_hf(quantization) if quantization else None,
         )
 
 

@@ -15,6 +15,7 @@ from flax import nnx
 from qjax import sharding
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Linear, RMSNorm, matmul
+from qjax.models.quantized import projection
 from qjax.models.rope import rope_angles
 
 type QKNorms = tuple[jax.Array, jax.Array]  # weights [H] of the queries' and the keys' RMSNorm
@@ -59,11 +60,21 @@ class Qwen3ForCausalLM(nnx.Module):
         sharding.check_split(
             tensor_parallel_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size
         )
+        if config.quantization is not None:
+            config.quantization.check_sizes(
+                tensor_parallel_size,
+                head_dim=config.head_dim,
+                hidden_size=config.hidden_size,
+                intermediate_size=config.intermediate_size,
+            )
         heads = sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tensor_parallel_size)
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [DecoderLayer(config, heads, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+            [
+                DecoderLayer(config, f"model.layers.{i}", heads, dtype=dtype, rngs=rngs)
+                for i in range(config.num_hidden_layers)
+            ]
         )
         self.norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype=dtype)
         shape, axes = (config.hidden_size, config.vocab_size), ("embed", "vocab")
@@ -88,12 +99,16 @@ class Qwen3ForCausalLM(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    def __init__(self, config: ModelConfig, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    """`name` is the checkpoint's, as in the modules below: it says what is quantised."""
+
+    def __init__(
+        self, config: ModelConfig, name: str, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None
+    ):
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
-        self.self_attn = Attention(config, heads, dtype=dtype, rngs=rngs)
+        self.self_attn = Attention(config, f"{name}.self_attn", heads, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
-        self.mlp = FeedForward(config, dtype=dtype, rngs=rngs)
+        self.mlp = FeedForward(config, f"{name}.mlp", dtype=dtype, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, parts: jax.Array | None, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
@@ -106,17 +121,23 @@ class DecoderLayer(nnx.Module):
 
 
 class Attention(nnx.Module):
-    def __init__(self, config: ModelConfig, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(
+        self, config: ModelConfig, name: str, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None
+    ):
         D, H, (K, G) = config.hidden_size, config.head_dim, heads
         # For each KV head its G query heads, then k, then v.
-        self.qkv_proj = Linear(
+        self.qkv_proj = projection(
+            config,
+            f"{name}.qkv_proj",
             (D, K, G + 2, H),
             ("embed", "kv_heads", "heads_of_kv", "head_dim"),
             use_bias=config.attention_bias,
             dtype=dtype,
             rngs=rngs,
         )
-        self.o_proj = Linear(
+        self.o_proj = projection(
+            config,
+            f"{name}.o_proj",
             (K, G, H, D),
             ("kv_heads", "heads_of_kv", "head_dim", "embed"),
             num_inputs=3,
@@ -140,10 +161,11 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
     """SwiGLU."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, name: str, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         D, F = config.hidden_size, config.intermediate_size
-        self.gate_up_proj = Linear((D, 2, F), ("embed", "gate_up", "mlp"), dtype=dtype, rngs=rngs)
-        self.down_proj = Linear((F, D), ("mlp", "embed"), dtype=dtype, rngs=rngs)
+        gate_up_axes, down_axes = ("embed", "gate_up", "mlp"), ("mlp", "embed")
+        self.gate_up_proj = projection(config, f"{name}.gate_up_proj", (D, 2, F), gate_up_axes, dtype=dtype, rngs=rngs)
+        self.down_proj = projection(config, f"{name}.down_proj", (F, D), down_axes, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
         """[P, T, D]: see `Linear.parts`."""

@@ -40,8 +40,9 @@ def export_folder(
       num_shards: of the weights, about equal in bytes; a shard holds whole tensors.
 
     Raises:
-      ValueError: `folder` is `source`.
+      ValueError: `folder` is `source`, or the model is quantised.
     """
+    config.check_not_quantized("export")
     source, folder = Path(source), Path(folder)
     if folder.exists() and folder.resolve() == source.resolve():
         raise ValueError(f"output: {folder} is the model's own folder; choose another one.")

@@ -139,6 +139,7 @@ def _model_of(source: LLM | Trainer) -> _Model:
     if isinstance(source, Trainer):
         return _Model(source.model_config, source.modeldef, source.params, source.mesh, jnp.dtype(source.dtype), None)
     engine = source.engine
+    engine.model_config.check_not_quantized("scoring")
     runner = engine.runner
     return _Model(
         engine.model_config, runner.modeldef, runner.leaves, runner.mesh, runner.leaves[0].dtype, engine.tokenizer

@@ -68,6 +68,7 @@ class Trainer:
         self.config = config
         self.folder = hub.resolve(config.model, need_weights=not config.from_scratch)
         self.model_config = ModelConfig.from_hf(json.loads((self.folder / "config.json").read_text()))
+        self.model_config.check_not_quantized("model")
         corpus = open_corpus(config.data, partial(Tokenizer.from_pretrained, self.folder)) if corpus is None else corpus
         self._check_ids(corpus)
         self.loader = Loader(corpus, row_length=config.seq_len, batch_size=config.batch_size, seed=config.seed)

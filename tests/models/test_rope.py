@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.models.config import ModelConfig, apply_overrides
 from qjax.kernels.elementwise import apply_rope
+from qjax.models.config import ModelConfig, apply_overrides
 from qjax.models.rope import rope_angles, rope_frequencies
 from tests.tiny import TINY
 

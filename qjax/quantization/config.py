@@ -1,0 +1,120 @@
+"""What a checkpoint's `quantization_config` says, and which tensors a quantised projection is made of. No jax."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+GROUP = 128  # weights that share a scale: a side of FP8's square blocks, the inputs of AWQ's groups
+# The checkpoint's modules that are one here.
+FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+SUPPORTED = (
+    "Supported: quant_method 'fp8' (fmt e4m3, activation_scheme dynamic, weight_block_size [128, 128]) and 'awq' "
+    "(bits 4, group_size 128, zero_point true, version gemm)."
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a projection with a weight [out, in]: one element stands for `out_step` × `in_step` weights."""
+
+    name: str  # in the checkpoint, after the module's
+    dtype: str  # on the device
+    out_step: int
+    in_step: int
+    is_transposed: bool = False  # the checkpoint has [in, out]
+
+    def shape(self, kernel: tuple[int, ...], num_inputs: int) -> tuple[int, ...]:
+        """Of the tensor for a kernel [*inputs, *outputs]: the last input axis and the last output axis are shorter."""
+        inputs, outputs = kernel[:num_inputs], kernel[num_inputs:]
+        return (*inputs[:-1], inputs[-1] // self.in_step, *outputs[:-1], outputs[-1] // self.out_step)
+
+
+# By method and by the parameter's name. Scales are float32, which holds the checkpoints' bfloat16 and float16 exactly.
+TENSORS: dict[str, dict[str, Stored]] = {
+    "fp8": {
+        "kernel": Stored("weight", "float8_e4m3fn", 1, 1),
+        "weight_scale_inv": Stored("weight_scale_inv", "float32", GROUP, GROUP),
+    },
+    "awq": {  # eight outputs in an int32
+        "qweight": Stored("qweight", "int32", 8, 1, is_transposed=True),
+        "qzeros": Stored("qzeros", "int32", 8, GROUP, is_transposed=True),
+        "scales": Stored("scales", "float32", 1, GROUP, is_transposed=True),
+    },
+}
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the projections of the decoder's layers are stored; embeddings, norms and lm_head never are quantised."""
+
+    method: Literal["fp8", "awq"]
+    modules_to_not_convert: tuple[str, ...] = ()  # names, or beginnings or ends of names, at their dots
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> "Quantization":
+        """Reads `quantization_config`.
+
+        Raises:
+          ValueError: a method or a variant of it that qjax does not serve; the message names the field.
+        """
+        method = config.get("quant_method")
+        expected: dict[str, Any]
+        if method == "fp8":
+            expected = {"fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [GROUP, GROUP]}
+            optional = {"fmt"}
+        elif method == "awq":
+            expected = {"bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
+            optional = {"version"}
+        else:
+            raise ValueError(f"config.json: quantization_config: quant_method={method!r} is not supported. {SUPPORTED}")
+        for name, value in expected.items():
+            found = config.get(name)
+            found = found.lower() if isinstance(found, str) else found
+            if found != value and not (found is None and name in optional):
+                raise ValueError(
+                    f"config.json: quantization_config: {name}={found!r} of quant_method={method!r} is not supported. "
+                    + SUPPORTED
+                )
+        skipped = config.get("modules_to_not_convert") or config.get("ignored_layers") or ()
+        return cls(method, tuple(skipped))
+
+    def covers(self, module: str) -> bool:
+        """Whether the module, such as "model.layers.0.self_attn.qkv_proj", is quantised.
+
+        Raises:
+          ValueError: a fused module is so in part.
+        """
+        owner, _, name = module.rpartition(".")
+        parts = [f"{owner}.{part}" for part in FUSED.get(name, (name,))]
+        skipped = [part for part in parts if self._is_skipped(part)]
+        if skipped and len(skipped) < len(parts):
+            raise ValueError(
+                f"config.json: quantization_config: modules_to_not_convert has {', '.join(skipped)}, but not all of "
+                f"{', '.join(parts)}, which are one weight here: name all of them or none."
+            )
+        return not skipped
+
+    def check_sizes(self, tp: int, *, head_dim: int, hidden_size: int, intermediate_size: int) -> None:
+        """Raises ValueError naming the first size that is not made of whole groups, on each of `tp` devices."""
+        for name, size in (("head_dim", head_dim), ("hidden_size", hidden_size)):
+            if size % GROUP:
+                raise ValueError(
+                    f"{name}={size} is no multiple of {GROUP}, the group of weights that share a scale: "
+                    f"quantised ({self.method}) models with it are not supported."
+                )
+        if intermediate_size % (GROUP * tp):
+            raise ValueError(
+                f"intermediate_size={intermediate_size} is no multiple of {GROUP} × tensor_parallel_size={tp}: a group "
+                f"of weights that share a scale ({self.method}) cannot be split. Lower --tensor-parallel-size."
+            )
+
+    def num_bytes(self, num_weights: int) -> int:
+        """Of a projection with so many weights."""
+        itemsize = {"float8_e4m3fn": 1, "int32": 4, "float32": 4}
+        tensors = TENSORS[self.method].values()
+        return sum(num_weights * itemsize[t.dtype] // (t.out_step * t.in_step) for t in tensors)
+
+    def _is_skipped(self, module: str) -> bool:
+        dotted = f".{module}."
+        return any(
+            dotted.startswith(f".{name}.") or dotted.endswith(f".{name}.") for name in self.modules_to_not_convert
+        )
