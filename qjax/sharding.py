@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 _DATA, _TENSOR = "data", "tensor"
 
@@ -53,7 +53,7 @@ def make_mesh(
     return jax.make_mesh((data_parallel_size, tensor_parallel_size), (_DATA, _TENSOR), devices=devices[:size])
 
 
-def tensor_parallel_size(mesh: Mesh) -> int:
+def tensor_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     return mesh.shape[_TENSOR]
 
 
