@@ -196,6 +196,9 @@ class ServerConfig:
         "auto, qwen3: reasoning as the prompt or the answer opens it; deepseek_r1: always first; none: it is content",
         group="Server",
     )
+    enable_reasoning: bool = option(
+        True, "Old form of --reasoning-parser; off: the same as --reasoning-parser none", group="Server"
+    )
     tool_call_parser: Literal["auto", "hermes", "qwen3_json", "qwen3_coder", "qwen3_xml", "none"] = option(
         "auto",
         "JSON calls (hermes, qwen3_json), XML calls (qwen3_coder, qwen3_xml), or both; none: calls are content",
@@ -245,6 +248,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         coerce_fields(self)
+        if not self.enable_reasoning:
+            object.__setattr__(self, "reasoning_parser", "none")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65535], got {self.port}.")
         for name, least in (("shutdown_timeout", 0), ("watchdog_timeout", 0), ("max_header_count", 1)):

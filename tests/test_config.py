@@ -115,3 +115,8 @@ def test_every_field_can_be_documented() -> None:
     assert describe(by_name["rope_scaling"])[1] == "none"
     assert flag_of(by_name["max_model_len"]) == "--max-model-len"
     assert kind_of(by_name["max_model_len"]).choices == ("auto",)
+
+
+def test_the_old_switch_of_the_reasoning_parser():
+    assert ServerConfig(reasoning_parser="qwen3").reasoning_parser == "qwen3"
+    assert ServerConfig(reasoning_parser="qwen3", enable_reasoning=False).reasoning_parser == "none"

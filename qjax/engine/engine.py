@@ -213,10 +213,14 @@ class Engine:
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then reads the one before it. Returns what is new, as deltas."""
         touched: dict[Group, None] = {}
+        before = self._flight
         if self.scheduler.num_held_back * MAX_HELD_BACK > self.scheduler.num_running:
             touched |= self._update()
         batch = self.scheduler.schedule()
-        flight = None if batch.is_empty else self.runner.dispatch(batch)
+        flight = None
+        if not batch.is_empty:
+            self.metrics.on_dispatch(is_late=before is not None and before.is_done)
+            flight = self.runner.dispatch(batch)
         touched |= self._update()
         self._flight = flight
         self.num_waiting = self.scheduler.num_waiting

@@ -61,7 +61,16 @@ class Metrics:
         self._output_lengths = make(Histogram, "vllm:request_generation_tokens", "Length of answers.", **lengths)
         self._compiles = make(Gauge, "qjax:num_compiles", "Shapes of the step compiled since the start.")
         self._compile_seconds = make(Gauge, "qjax:compile_seconds", "Seconds spent on compiling them.")
+        self._steps = make(Counter, "qjax:num_steps", "Steps of the engine.")
+        self._late_steps = make(
+            Counter, "qjax:num_late_steps", "Steps sent after the device had ended the one before: it waited."
+        )
         self._last_token_times: dict[Request, float] = {}
+
+    def on_dispatch(self, *, is_late: bool) -> None:
+        """A step is about to be sent. Not late: the device is still at the one before, or had no work."""
+        self._steps.inc()
+        self._late_steps.inc(is_late)
 
     def on_step(self, *, running: int, waiting: int, kv_usage: float, preempted: int) -> None:
         self._running.set(running)

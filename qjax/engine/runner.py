@@ -66,6 +66,11 @@ class InFlight:
     out: jax.Array
     prompt_out: jax.Array | None
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the device has ended it."""
+        return self.out.is_ready()
+
 
 @dataclass
 class _Slot:

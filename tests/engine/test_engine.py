@@ -319,6 +319,17 @@ def test_metrics_count_what_happened(tiny_folder):
     assert b"vllm:kv_cache_usage_perc" in small.engine.metrics.render()
 
 
+@pytest.mark.parametrize("is_done", [True, False])
+def test_a_step_is_late_where_the_device_had_ended_the_one_before(llm, monkeypatch, is_done):
+    monkeypatch.setattr("qjax.engine.runner.InFlight.is_done", is_done)
+    value = lambda name: llm.engine.metrics.registry.get_sample_value(name, {"model_name": label, "engine": "0"})
+    (label,) = {sample.labels["model_name"] for m in llm.engine.metrics.registry.collect() for sample in m.samples}
+    before = value("qjax:num_steps_total"), value("qjax:num_late_steps_total")
+    llm.generate(PROMPTS[:1], GREEDY.with_(max_tokens=5, ignore_eos=True), use_tqdm=False)
+    steps, late = value("qjax:num_steps_total") - before[0], value("qjax:num_late_steps_total") - before[1]
+    assert steps >= 5 and late == (steps - 1 if is_done else 0)  # the first step follows none
+
+
 def test_a_thinking_budget_closes_the_block(llm):
     messages = [{"role": "user", "content": "Hi"}]
     start, end = (llm.engine.tokenizer.encode(tag)[0] for tag in ("<think>", "</think>"))
