@@ -17,7 +17,7 @@ from scripts.builtin_model import dataset, mixture, render, tokenizer
 
 ROOT = Path(__file__).parents[2]
 SEED = 20261123
-NUM_DOCUMENTS = 900_000
+NUM_DOCUMENTS = 860_000
 NUM_VALID = 4_000
 NUM_SHARDS = 24
 TOKENIZER_SEED = 7

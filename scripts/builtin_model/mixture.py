@@ -24,32 +24,32 @@ from scripts.builtin_model.world import World
 Skill = Callable[[World], Dialogue]
 # skill -> (generator, weight: documents in a thousand, about)
 SKILLS: dict[str, tuple[Skill, float]] = {
-    "addition": (arithmetic.addition, 75),
-    "subtraction": (arithmetic.subtraction, 75),
+    "addition": (arithmetic.addition, 65),
+    "subtraction": (arithmetic.subtraction, 65),
     "three numbers": (arithmetic.three_numbers, 14),
     "comparison": (arithmetic.comparison, 20),
     "multiplication": (arithmetic.multiplication, 30),
-    "country facts": (countries.fact, 100),
+    "country facts": (countries.fact, 90),
     "country reverse": (countries.reverse_fact, 30),
     "country about": (countries.about, 25),
     "continents": (countries.same_continent, 10),
-    "definitions": (definitions.meaning, 100),
+    "definitions": (definitions.meaning, 95),
     "word for": (definitions.word_for, 80),
     "units": (measures.units, 15),
     "weekdays": (measures.weekdays, 15),
     "months": (measures.months, 15),
     "clock": (measures.clock, 10),
-    "spelling": (letters.spelling, 50),
+    "spelling": (letters.spelling, 45),
     "reversing": (letters.reversing, 50),
-    "counting letters": (letters.counting, 35),
+    "counting letters": (letters.counting, 30),
     "alphabet": (letters.alphabet, 6),
     "sorting": (lists.sorting, 65),
     "lists": (lists.picking, 30),
-    "copying": (copying.repeating, 50),
-    "lookup": (copying.lookup, 35),
-    "tool calls": (tools.calling, 70),
-    "tool answers": (tools.answering, 45),
-    "no fitting tool": (tools.unfitting, 35),
+    "copying": (copying.repeating, 65),
+    "lookup": (copying.lookup, 55),
+    "tool calls": (tools.calling, 100),
+    "tool answers": (tools.answering, 38),
+    "no fitting tool": (tools.unfitting, 30),
     "json": (json_answers.extraction, 80),
     "json lists": (json_answers.table, 16),
     "json reading": (json_answers.reading, 16),
@@ -63,10 +63,10 @@ SKILLS: dict[str, tuple[Skill, float]] = {
 }
 NAMES = list(SKILLS)
 WEIGHTS = [weight for _, weight in SKILLS.values()]
-MODES: tuple[tuple[Mode, float], ...] = (("on", 0.66), ("off", 0.18), ("no_think", 0.16))
+MODES: tuple[tuple[Mode, float], ...] = (("on", 0.62), ("off", 0.18), ("no_think", 0.20))
 Frame = Literal["plain", "any", "history"]  # plain: only switches; any: as in training; history: turns before it
 SWITCHES = {"on": "/think", "no_think": "/no_think"}
-HISTORY_SHARE = 0.12  # of the dialogues that may stand after others
+HISTORY_SHARE = 0.15  # of the dialogues that may stand after others
 EARLIER_SWITCH_SHARE = 0.3  # of the system prompts and of the turns before the last one
 NO_SWITCHES = (" /", " /no", " no_think", " /not", " /nothing", " /yes", " think", " /t", "/", " no think")
 NO_SWITCH_SKILLS = ("addition", "country facts", "definitions", "recall", "small talk", "refusals", "spelling", "units")

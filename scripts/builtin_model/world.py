@@ -91,7 +91,7 @@ class World:
                 return word
 
     def first_name(self) -> str:
-        return self.new_word().capitalize() if self.split == "test" or self.chance(0.6) else self.pick(NAMES)
+        return self.new_word().capitalize() if self.split == "test" or self.chance(0.7) else self.pick(NAMES)
 
     def full_name(self) -> str:
         return f"{self.first_name()} {self.new_word().capitalize()}"

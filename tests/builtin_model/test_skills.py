@@ -1,6 +1,7 @@
 """The generators' answers are right: recomputed here from the questions alone."""
 
 import json
+import random
 import re
 
 import pytest
@@ -9,7 +10,9 @@ from scripts.builtin_model import mixture, scoring
 from scripts.builtin_model.evaluate import ROWS, items
 from scripts.builtin_model.render import pieces, spoken
 from scripts.builtin_model.skills import digits
-from scripts.builtin_model.world import countries, words
+from scripts.builtin_model.skills.tool_catalog import JOBS
+from scripts.builtin_model.skills.tools import _toolbox
+from scripts.builtin_model.world import World, countries, words
 
 MODES = ("on", "off", "no_think")
 
@@ -157,6 +160,43 @@ class TestToolCalls:
         made = dialogues("tool calls")
         assert {len(d.tools) for d in made} == {1, 2, 3}
         assert {len(d.expected.value) for d in made} == {1, 2, 3}
+
+    def test_the_thought_looks_at_the_tools_in_order_and_compares_rightly(self):
+        seen = set()
+        for dialogue in dialogues("tool calls") + dialogues("no fitting tool"):
+            names = [t["function"]["name"] for t in dialogue.tools]
+            thought = dialogue.messages[-1].get("reasoning_content", "")
+            for part in re.split(r"(?m)^Wanted: ", thought)[1:]:
+                looked_at = re.findall(r"(?m)^([\w]+): \w+ = ", part)
+                assert looked_at == names[: len(looked_at)]
+                if "None of them fits." in part:
+                    assert looked_at == names
+                    seen.add("none")
+                elif fits := re.findall(r"(?m)^(\w+) fits: ", part):
+                    assert set(fits) == {looked_at[-1]}
+                    seen.add("fits")
+            for word, wanted, verdict in re.findall(r"(\w+) = (\w+)\? (Yes|No)\.", thought):
+                assert (word == wanted) == (verdict == "Yes")
+        assert seen == {"none", "fits"}
+
+    def test_no_other_tool_at_hand_could_be_meant(self):
+        """Jobs differ, and no made-up tool is about the thing of an everyday one."""
+        world = World(random.Random(3), "test")
+        everyday = {thing for _, thing in JOBS.values()}
+        for _ in range(200):
+            tools = _toolbox(world, 4)
+            assert len({tool.job for tool in tools}) == 4
+            assert not {tool.job[1] for tool in tools if tool.is_made_up} & everyday
+
+
+class TestLookup:
+    def test_names_are_compared_rightly_and_a_stranger_is_not_made_up(self):
+        for dialogue in dialogues("lookup"):
+            pairs = re.findall(r"(\w+) = (\w+)\? (Yes|No)\.", dialogue.messages[-1].get("reasoning_content", ""))
+            for name, wanted, verdict in pairs:
+                assert (name == wanted) == (verdict == "Yes")
+            if pairs and pairs[-1][2] == "No":
+                assert content(dialogue) == f"The text does not say it about {pairs[-1][1]}."
 
 
 class TestScoring:

@@ -64,6 +64,16 @@ def repeating(world: World) -> Dialogue:
     return answer(world.pick(REPEAT).format(x=text), "I repeat the text as it is.", text, exact(text))
 
 
+def _looked_through(people: list[str], wanted: str) -> str:
+    """The names of the text in order, each beside the wanted one, up to that one."""
+    lines = []
+    for name in people:
+        lines.append(f"{name} = {wanted}? {'Yes' if name == wanted else 'No'}.")
+        if name == wanted:
+            break
+    return "\n".join(lines)
+
+
 def lookup(world: World) -> Dialogue:
     field = world.pick(list(FIELDS))
     people = list(dict.fromkeys(world.first_name() for _ in range(world.integer(1, 4))))
@@ -73,14 +83,13 @@ def lookup(world: World) -> Dialogue:
     asked = ASK[field].format(n=people[i])
     text = " ".join(facts)
     question = f"{text} {asked}" if world.chance(0.6) else f"{asked}\n{text}"
-    named = f"The text names {', '.join(people)}."
-    if world.chance(0.2):
+    if world.chance(0.3):
         stranger = world.first_name()
         if stranger not in people:
             question = question.replace(asked, ASK[field].format(n=stranger))
             return answer(
                 question,
-                f"{named} {stranger} is not among them.",
+                f"{_looked_through(people, stranger)}\nNobody else is there.",
                 f"The text does not say it about {stranger}.",
                 contains("does not say"),
             )
@@ -91,4 +100,5 @@ def lookup(world: World) -> Dialogue:
         "job": "{n} is a {v}.",
     }
     content = names.get(field, "The " + field + " of {n} is {v}.").format(n=people[i], v=values[i])
-    return answer(question, f"{named} It says: {facts[i]}", content, contains(values[i]))
+    thought = f"{_looked_through(people, people[i])}\nIt says: {facts[i]}"
+    return answer(question, thought, content, contains(values[i]))

@@ -70,7 +70,7 @@ def sorting(world: World) -> Dialogue:
         templates, work = SORT_WORDS, _by_letter(items)
     content = ", ".join(map(str, sorted(items, reverse=descending)))
     question = world.say(templates, x=", ".join(map(str, items)))
-    if world.thinks or count == 3:
+    if world.thinks:
         return answer(question, work, content, exact(content))
     return answer(question, "", f"{work}\nSorted: {content}.", contains(f"Sorted: {content}."))
 

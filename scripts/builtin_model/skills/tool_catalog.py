@@ -24,14 +24,14 @@ class Tool:
     """`phrases` hold the required parameters by position `{0}`, `{1}`; optional ones have phrases of their own."""
 
     name: str
-    job: str  # tools of the same job do not stand together: each could answer the request
+    job: tuple[str, str]  # action and thing; tools of the same job do not stand together: each could answer the request
     description: str
     parameters: list[Parameter]
     phrases: list[str]
     optional: dict[str, str]
     results: list[tuple[str, Callable[[World], Any]]]
     reply: str = ""  # how to say the result, with {0} and the result's names
-    words: tuple[str, str] | None = None  # action and thing, of a made-up tool
+    is_made_up: bool = False
 
     def schema(self, world: World) -> dict[str, Any]:
         """The tool as clients send it, with or without the parts that they may leave out."""
@@ -61,6 +61,16 @@ def _one(*items: str) -> Callable[[World], str]:
     return lambda world: world.pick(items)
 
 
+# first name of an everyday tool -> its job
+JOBS = {
+    "get_weather": ("get", "weather"), "get_time": ("get", "time"), "search_web": ("search", "web"),
+    "set_timer": ("set", "timer"), "get_stock_price": ("get", "stock"), "convert_currency": ("convert", "money"),
+    "translate": ("translate", "text"), "send_email": ("send", "email"), "create_event": ("create", "event"),
+    "play_music": ("play", "music"), "set_light": ("set", "light"), "book_flight": ("book", "flight"),
+    "track_package": ("track", "package"), "calculate": ("calculate", "expression"), "get_news": ("get", "news"),
+    "add_todo": ("add", "task"), "find_restaurant": ("find", "restaurant"), "get_user": ("get", "user"),
+    "set_temperature": ("set", "heating"),
+}  # fmt: skip
 CURRENCIES = ("USD", "EUR", "GBP", "JPY", "CHF", "NOK", "SEK", "INR", "CNY", "CAD", "AUD")
 LANGUAGES = ("French", "German", "Spanish", "Italian", "Norwegian", "Japanese", "Chinese", "Hindi", "Arabic", "Russian")
 SKY = _one("sunny", "cloudy", "rainy", "windy", "foggy", "clear", "stormy", "snowy")
@@ -97,7 +107,7 @@ def weather(world: World) -> Tool:
     return Tool(
         world.pick(("get_weather", "get_weather", "get_current_weather", "getWeather", "weather", "current_weather",
         "fetch_weather")),
-        "weather",
+        JOBS["get_weather"],
         world.pick(("Get the weather of a city", "Get the current weather",
         "Get the current weather in a given location", "Weather of a city",
                     "Get current temperature for a given location.")),
@@ -195,13 +205,16 @@ def _catalog(world: World) -> Tool:
          _one("ok", "done", "set"))], "The heating is set to {0} degrees."),
     ]  # fmt: skip
     names, description, parameters, phrases, results, reply = world.pick(entries)
-    return Tool(world.pick(names), names[0], description, parameters, phrases, {}, results, reply)
+    return Tool(world.pick(names), JOBS[names[0]], description, parameters, phrases, {}, results, reply)
 
 
 ACTIONS = [
     "get", "find", "create", "delete", "update", "list", "check", "send", "open", "close", "start", "stop", "read",
     "save", "count", "move", "rank", "load", "print", "book",
 ]  # fmt: skip
+# Not the thing of a made-up tool: in `load_save` nobody knows which word is the action, and `check_flight` could be
+# meant where a flight is asked for.
+NO_THINGS = {*ACTIONS, *(word for _, thing in JOBS.values() for word in (thing, f"{thing}s")), "price", "temperature"}
 KINDS: list[tuple[str, str, Callable[[World], Value]]] = [
     ("city", "string", World.city), ("name", "string", World.full_name), ("date", "string", World.date), ("time",
     "string", World.time),
@@ -219,9 +232,11 @@ KINDS: list[tuple[str, str, Callable[[World], Value]]] = [
 def made_up(world: World, near: Tool | None = None) -> Tool:
     """A tool whose name and parameters are common words, of this split only; `near`: shares a word of its name."""
     while True:
-        action, thing = world.pick(ACTIONS) if world.chance(0.6) else world.pick(verbs()), world.pick(nouns())
-        if near and near.words:
-            action, thing = (near.words[0], thing) if world.chance(0.5) else (action, near.words[1])
+        action, thing = world.pick(ACTIONS) if world.chance(0.5) else world.pick(verbs()), world.pick(nouns())
+        if near:
+            action, thing = (near.job[0], thing) if world.chance(0.5) else (action, near.job[1])
+        if thing in NO_THINGS:
+            continue
         name = world.pick(
             (f"{action}_{thing}", f"{action}_{thing}", f"{action}{thing.capitalize()}", f"{thing}_{action}")
         )
@@ -255,8 +270,7 @@ def made_up(world: World, near: Tool | None = None) -> Tool:
     description = world.pick(
         (f"{action.capitalize()} a {thing}", f"{action.capitalize()} the {thing}", f"Function to {action} a {thing}")
     )
-    job, words = f"{action} {thing}", (action, thing)
-    return Tool(name, job, description, parameters, phrases, optional, results, words=words)
+    return Tool(name, (action, thing), description, parameters, phrases, optional, results, is_made_up=True)
 
 
 def any_tool(world: World) -> Tool:

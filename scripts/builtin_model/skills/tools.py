@@ -30,7 +30,7 @@ def _toolbox(world: World, count: int) -> list[Tool]:
     tools: list[Tool] = []
     while len(tools) < count:
         near = world.pick(tools) if tools and world.chance(0.35) else None
-        tool = made_up(world, near) if near and near.words else any_tool(world)
+        tool = made_up(world, near) if near and near.is_made_up else any_tool(world)
         if all(tool.name != t.name and tool.job != t.job for t in tools):
             tools.append(tool)
     world.rng.shuffle(tools)
@@ -55,14 +55,28 @@ def _make_call(world: World, tool: Tool) -> tuple[Call, str]:
     return Call(tool, arguments, spoken), phrase
 
 
-def _named(tools: list[Tool]) -> str:
-    """First all tools, then which of them fits: so that none is taken before all were looked at."""
-    return f"The tools are {', '.join(t.name for t in tools)}."
+def _looked_at(tools: list[Tool], wanted: tuple[str, str]) -> list[str]:
+    """The tools in their order up to the one that fits, word by word: each word stands beside the wanted one."""
+    lines = [f"Wanted: {' '.join(wanted)}."]
+    for tool in tools:
+        seen = f"{tool.name}:"
+        for word, other in zip(tool.job, wanted, strict=True):
+            seen += f" {word} = {other}? {'Yes' if word == other else 'No'}."
+            if word != other:
+                break
+        lines.append(seen)
+        if tool.job == wanted:
+            break
+    return lines
 
 
 def _plan(tools: list[Tool], calls: list[Call]) -> str:
-    lines = [f"{call.tool.name} fits: {json.dumps(call.arguments, ensure_ascii=False)}." for call in calls]
-    return "\n".join([_named(tools), *lines])
+    lines: list[str] = []
+    for i, call in enumerate(calls):
+        if i == 0 or call.tool is not calls[i - 1].tool:
+            lines += _looked_at(tools, call.tool.job)
+        lines.append(f"{call.tool.name} fits: {json.dumps(call.arguments, ensure_ascii=False)}.")
+    return "\n".join(lines)
 
 
 def _request(world: World) -> tuple[list[Tool], list[Call], str]:
@@ -136,13 +150,14 @@ def unfitting(world: World) -> Dialogue:
         ).format(n=tool.name)
         needed = [p.name for p in tool.parameters if p.required]
         labels = " and the ".join(name.replace("_", " ") for name in needed)
-        reasoning = f"{_named(tools)}\n{tool.name} needs {', '.join(needed)}. The user gave nothing."
+        reasoning = f"Wanted: {tool.name}. It needs {', '.join(needed)}. The user gave nothing."
         last = assistant(f"Please tell me the {labels}.", reasoning)
         expected = contains(f"tell me the {labels}.")
         return Dialogue([user(text), last], expected, [t.schema(world) for t in tools], can_be_history=False)
     tools = _toolbox(world, world.integer(2, 4))
     _, text = _make_call(world, tools[0])
-    last = assistant("Sorry, I have no tool for that.", f"{_named(tools[1:])}\nNone of them fits.")
+    reasoning = "\n".join([*_looked_at(tools[1:], tools[0].job), "None of them fits."])
+    last = assistant("Sorry, I have no tool for that.", reasoning)
     return Dialogue([user(text), last], contains("no tool"), [t.schema(world) for t in tools[1:]], can_be_history=False)
 
 
