@@ -1,0 +1,42 @@
+"""The product in plain jnp: weight-only, which runs where there is no kernel, and the kernel's own arithmetic."""
+
+import jax
+import jax.numpy as jnp
+
+E4M3 = jnp.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+SMALLEST_AMAX = 1e-10  # a row of zeros keeps a finite scale
+
+
+def dequantize(w: jax.Array, scale: jax.Array, dtype) -> jax.Array:
+    """w times scale, whose axes are shorter by the size of a block; in float32, rounded once."""
+    for axis, size in enumerate(w.shape):
+        if scale.shape[axis] != size:
+            scale = jnp.repeat(scale, size // scale.shape[axis], axis=axis)
+    return (w.astype(jnp.float32) * scale).astype(dtype)
+
+
+def fp8_matmul_ref(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """Weight-only: the activations keep their dtype."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # tf32 only for narrower weights
+    over = (((1,), (1,)), ((), ()))
+    weight = dequantize(w, scale, x.dtype)
+    return jax.lax.dot_general(x, weight, over, precision=precision, preferred_element_type=x.dtype)[None]
+
+
+def quantize_rows(x: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    """x [M, D] in e4m3, and float32 [D / group, M], as the kernel reads it: a scale for each row and `group` columns."""
+    groups = x.astype(jnp.float32).reshape(x.shape[0], -1, group)
+    amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=2), SMALLEST_AMAX)
+    q = (groups * (LARGEST / amax)[:, :, None]).astype(E4M3).reshape(x.shape)
+    return q, (amax / LARGEST).T
+
+
+def fp8_product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
+    """[M, N] in float32 as the kernel computes it: x is quantised, each block of D summed and scaled by itself."""
+    group = x.shape[1] // scale.shape[1]
+    q, row_scale = quantize_rows(x, group)
+    split = lambda a: a.astype(jnp.float32).reshape(a.shape[0], -1, group)
+    products = jnp.einsum("MBC,NBC->BMN", split(q), split(w), precision=jax.lax.Precision.HIGHEST)
+    column_scale = jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0).T  # [D / group, N]
+    return jnp.sum(products * row_scale[:, :, None] * column_scale[:, None, :], axis=0)
