@@ -1,4 +1,4 @@
-"""Paged decode on Hopper: the keys and values of each sequence are cut into splits, a second kernel joins them.
+"""Paged decode on Hopper: the keys and values of a long sequence are cut into splits, which a second kernel joins.
 
 A persistent grid takes (split, KV head) items from a list that is as long as the contexts are, whatever the width of
 the page table. In each block one warpgroup fetches pages with TMA and one computes. A sequence's splits depend on
@@ -14,26 +14,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.paged_attention.mosaic_common import (
+    COLUMNS,
     LOG2E,
     MASKED,
     MATRIX,
     NUM_SMS,
     TILED,
-    add_values_product,
-    broadcast_rows,
+    add_transposed_product,
+    broadcast_columns,
     check_supported,
     flat_pages,
-    initial_state,
     load_tile,
     num_copies,
     page_slices,
     scores_product,
+    store_transposed,
     zero_rows_from,
 )
 
-TILE = 64  # tokens fetched and computed at once
-ROWS_WGMMA = 64  # the least rows of a wgmma; a KV head's few query heads leave most of them unused
-NUM_STAGES = 4  # tiles in flight: 128 KiB of H = 128, several times bandwidth * latency of one SM
+TILE = 64  # tokens fetched and computed at once, the rows of a wgmma
+NUM_STAGES = 6  # tiles in flight: 192 KiB of H = 128, several times bandwidth * latency of one SM
 MAX_SPLITS = 64
 JOIN_UNROLL = 4  # splits whose loads the joining kernel has in flight together
 
@@ -57,10 +57,10 @@ def paged_decode_mosaic(
     # Queries arrive in boxes of whole 8-row tiles: that of a group, its neighbours with it, or a padded group.
     stride = G if 8 % G == 0 and N % 8 == 0 else G + -G % 8
     q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, stride - G), (0, 0)))
-    partial, lse = _splits(
-        q, kv, page_table, items, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret
+    final, partial, lse = _splits(
+        q, kv, page_table, items, G=G, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret
     )
-    out = _join(partial, lse, first_item, num_splits, G=G, stride=stride, dtype=q.dtype, interpret=interpret)
+    out = _join(final, partial, lse, first_item, num_splits, stride=stride, interpret=interpret)
     return out.reshape(B, N, H)
 
 
@@ -100,10 +100,12 @@ def _rows_kept(G: int, H: int) -> int:
     return G + (G * H // 64) % 2
 
 
-def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> list[jax.Array]:
-    """Attention within each split: normalised outputs [I, K, num_rows, H] and log2-sum-exp2 [I, K, box].
+def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -> list[jax.Array]:
+    """Attention within each split: the results [B, K, G, H] of sequences with one split, normalised outputs
+    [I, K, num_rows, H] and log2-sum-exp2 [I, K, box] of the others' splits. The rest of the three is not written.
 
-    A group's rows begin at `head * stride % 8` of its box.
+    Tokens are the rows of both products and queries the columns, because a wgmma has 64 rows at least and 8 columns.
+    A group's columns begin at `head * stride % 8` of its box.
     """
     B, K, stride, H = q.shape
     q = q.reshape(B * K * stride, H)
@@ -113,8 +115,9 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
     num_blocks = min(NUM_SMS, num_items * K)
     dtype = q.dtype
 
-    def paged_decode_splits_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, out_ref, lse_ref,
-             q_smem, k_smem, v_smem, out_smem, lse_smem, q_full, q_empty, k_full, v_full, kv_empty):  # fmt: skip
+    def paged_decode_splits_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, final_ref, out_ref, lse_ref,
+             q_smem, k_smem, v_smem, p_smem, final_smem, out_smem, lse_smem,
+             q_full, q_empty, k_full, v_full, kv_empty):  # fmt: skip
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
         def for_each_item(handle):
@@ -136,7 +139,6 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
 
         @pl.when(warpgroup == 0)
         def _compute():
-            plgpu.set_max_registers(232, action="increase")
             # Everything starts out free, so that the producer can wait in the same way every time.
             for slot in range(NUM_STAGES):
                 plgpu.barrier_arrive(kv_empty.at[slot])
@@ -144,53 +146,65 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
                 plgpu.barrier_arrive(q_empty.at[slot])
 
             def handle(turn, done, item, head, seq, first, count, length):
-                del seq
                 q_slot = lax.rem(turn, jnp.int32(2))
-                row = lax.rem(head * stride, jnp.int32(8))
+                column = lax.rem(head * stride, jnp.int32(8))
                 plgpu.barrier_wait(q_full.at[q_slot])
 
                 def step(i, state):
-                    acc, max_, sum_ = state
+                    acc, max_, sums = state
                     slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
                     num_valid = length - (first + i) * TILE
                     plgpu.barrier_wait(k_full.at[slot])
-                    scores = scores_product(q_smem.at[q_slot], k_smem.at[slot], interpret)
-                    token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
+                    scores = scores_product(k_smem.at[slot], q_smem.at[q_slot], interpret)
+                    token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=MATRIX)
                     scores = jnp.where(token < num_valid, scores * (scale * LOG2E), MASKED)
-                    new_max = jnp.maximum(max_, scores.max(axis=1))
+                    new_max = jnp.maximum(max_, scores.max(axis=0))
                     decay = jnp.exp2(max_ - new_max)
-                    p = jnp.exp2(scores - broadcast_rows(new_max, scores.shape))
-                    acc = acc * broadcast_rows(decay, acc.shape)
-                    sum_ = sum_ * decay + p.sum(axis=1)
+                    p = jnp.exp2(scores - broadcast_columns(new_max, scores.shape))
+                    store_transposed(p_smem, p.astype(dtype), interpret)
+                    plgpu.commit_smem()
+                    acc = acc * broadcast_columns(decay, acc.shape)
+                    sums = sums * broadcast_columns(decay, sums.shape) + p
                     plgpu.barrier_wait(v_full.at[slot])
                     pl.when(num_valid < TILE)(lambda: zero_rows_from(v_smem.at[slot], num_valid))
-                    acc = add_values_product(acc, p.astype(dtype), v_smem.at[slot], interpret)
+                    acc = add_transposed_product(acc, v_smem.at[slot], p_smem, interpret)
                     plgpu.barrier_arrive(kv_empty.at[slot])
-                    return acc, new_max, sum_
+                    return acc, new_max, sums
 
-                acc, max_, sum_ = lax.fori_loop(0, count, step, initial_state(ROWS_WGMMA, H))
+                zeros = lambda rows: plgpu.layout_cast(jnp.full((rows, box), 0, jnp.float32), MATRIX)
+                lowest = plgpu.layout_cast(jnp.full((box,), MASKED, jnp.float32), COLUMNS)
+                acc, max_, sums = lax.fori_loop(0, count, step, (zeros(H), lowest, zeros(TILE)))
                 plgpu.barrier_arrive(q_empty.at[q_slot])
+                sum_ = sums.sum(axis=0)
+                out = acc / broadcast_columns(sum_, acc.shape)
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left the buffers
-                out_smem[...] = acc / broadcast_rows(sum_, acc.shape)
-                lse_smem[...] = max_ + jnp.log2(sum_)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(row, num_rows)], out_ref.at[item, head])
-                plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, box)], lse_ref.at[item, head])
+                is_only_split = count * TILE >= length
+
+                @pl.when(is_only_split)
+                def _():
+                    store_transposed(final_smem, out.astype(dtype), interpret)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(final_smem.at[pl.ds(column, G)], final_ref.at[seq, head])
+
+                @pl.when(jnp.logical_not(is_only_split))
+                def _():
+                    store_transposed(out_smem.at[pl.ds(0, box)], out, interpret)
+                    lse_smem[...] = max_ + jnp.log2(sum_)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(column, num_rows)], out_ref.at[item, head])
+                    plgpu.copy_smem_to_gmem(lse_smem, lse_ref.at[item, head])
 
             for_each_item(handle)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(warpgroup == 1)
         def _fetch():
-            plgpu.set_max_registers(40, action="decrease")
-
             def handle(turn, done, item, head, seq, first, count, length):
                 del item, length
                 q_slot = lax.rem(turn, jnp.int32(2))
                 plgpu.barrier_wait(q_empty.at[q_slot])
                 first_row = pl.multiple_of(lax.div((seq * K + head) * stride, jnp.int32(8)) * 8, 8)
-                q_box = q_smem.at[q_slot, pl.ds(0, box)]
-                plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first_row, box)], q_box, q_full.at[q_slot])
+                plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first_row, box)], q_smem.at[q_slot], q_full.at[q_slot])
 
                 def step(i, _):
                     slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
@@ -214,15 +228,18 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
     return plgpu.kernel(
         paged_decode_splits_kernel,
         out_type=[
+            jax.ShapeDtypeStruct((B, K, G, H), dtype),
             jax.ShapeDtypeStruct((num_items, K, num_rows, H), jnp.float32),
             jax.ShapeDtypeStruct((num_items, K, box), jnp.float32),
         ],
         scratch_types=[
-            plgpu.SMEM((2, ROWS_WGMMA, H), dtype, transforms=TILED),
+            plgpu.SMEM((2, box, H), dtype, transforms=TILED),
             tiles,
             tiles,
-            plgpu.SMEM((ROWS_WGMMA, H), jnp.float32),
-            plgpu.SMEM((ROWS_WGMMA,), jnp.float32),
+            plgpu.SMEM((box, TILE), dtype, transforms=TILED),
+            plgpu.SMEM((box, H), dtype),
+            plgpu.SMEM((box + num_rows - G, H), jnp.float32),
+            plgpu.SMEM((box,), jnp.float32),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
             filled,
@@ -238,63 +255,71 @@ def _splits(q, kv, page_table, items, *, num_rows, layer, scale, interpret) -> l
     )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items)
 
 
-def _join(partial, lse, first_item, num_splits, *, G, stride, dtype, interpret) -> jax.Array:
-    """Joins the splits of each (sequence, KV head): [B, K, G * H]; a sequence without splits gets 0."""
+def _join(final, partial, lse, first_item, num_splits, *, stride, interpret) -> jax.Array:
+    """`final` [B, K, G, H] with the joined splits of each sequence that has several; one without any gets 0."""
     num_items, K, num_rows, H = partial.shape
-    B, size = num_splits.shape[0], num_rows * H
+    B, _, G, _ = final.shape
+    size = num_rows * H
     vector = plgpu.Layout.WG_STRIDED((size,), vec_size=max(n for n in (1, 2, 4) if size % (128 * n) == 0))
 
     def paged_decode_join_kernel(partial_ref, lse_ref, first_ref, count_ref, out_ref, out_smem):
         seq, head = lax.axis_index("seq"), lax.axis_index("head")
         first, count, row = first_ref[seq], count_ref[seq], lax.rem(head * stride, jnp.int32(8))
-        position = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=vector)
 
-        def spread(values: list[jax.Array]) -> jax.Array:
-            """One scalar a query head -> a vector over its H elements."""
-            out = lax.broadcast_in_dim(values[-1], (size,), [])
-            for g in reversed(range(G - 1)):
-                out = jnp.where(position < (g + 1) * H, values[g], out)
-            return out
+        @pl.when(count != 1)
+        def _():
+            out_smem[...] = _joined(partial_ref, lse_ref, vector, head, first, count, row, G, H).astype(final.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, G * H)], out_ref.at[seq, head])
+            plgpu.wait_smem_to_gmem(0)
 
-        def step(i, state):
-            acc, max_, sum_ = state
-            items, scores = [], []
-            for u in range(JOIN_UNROLL):
-                split = i * JOIN_UNROLL + u
-                item = first + jnp.minimum(split, count - 1)
-                items.append(item)
-                scores.append([jnp.where(split < count, lse_ref[item, head, row + g], MASKED) for g in range(G)])
-            outs = [plgpu.load(partial_ref.at[item, head], layout=vector) for item in items]
-            new_max = [jnp.maximum(max_[g], _max([s[g] for s in scores])) for g in range(G)]
-            decay = [jnp.exp2(max_[g] - new_max[g]) for g in range(G)]
-            weights = [[jnp.exp2(s[g] - new_max[g]) for g in range(G)] for s in scores]
-            acc = acc * spread(decay)
-            for out, weight in zip(outs, weights, strict=True):
-                acc = acc + out * spread(weight)
-            sum_ = tuple(sum_[g] * decay[g] + sum(w[g] for w in weights) for g in range(G))
-            return acc, tuple(new_max), sum_
-
-        zero = plgpu.layout_cast(jnp.full((size,), 0, jnp.float32), vector)
-        state = zero, (jnp.float32(MASKED),) * G, (jnp.float32(0),) * G
-        acc, _, sum_ = lax.fori_loop(0, lax.div(count + JOIN_UNROLL - 1, jnp.int32(JOIN_UNROLL)), step, state)
-        out = (acc / spread([jnp.maximum(s, 1e-30) for s in sum_])).astype(dtype)
-        if num_rows == G:  # straight from registers, which saves the wait for a copy
-            out_ref[seq, head] = out
-            return
-        out_smem[...] = out
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_smem.at[pl.ds(0, G * H)], out_ref.at[seq, head])
-        plgpu.wait_smem_to_gmem(0)
-
-    return plgpu.kernel(
+    out_ref = jax.new_ref(final.reshape(B, K, G * H))
+    plgpu.kernel(
         paged_decode_join_kernel,
-        out_type=jax.ShapeDtypeStruct((B, K, G * H), dtype),
-        scratch_types=[plgpu.SMEM((size,), dtype)],
+        out_type=(),
+        scratch_types=[plgpu.SMEM((size,), final.dtype)],
         grid=(B, K),
         grid_names=("seq", "head"),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(partial.reshape(num_items, K, size), lse, first_item, num_splits)
+    )(partial.reshape(num_items, K, size), lse, first_item, num_splits, out_ref)
+    return jax.freeze(out_ref)
+
+
+def _joined(partial_ref, lse_ref, vector, head, first, count, row, G: int, H: int) -> jax.Array:
+    """float32 [num_rows * H] in the layout `vector`."""
+    size = partial_ref.shape[-1]
+    position = plgpu.broadcasted_iota(jnp.int32, (size,), 0, layout=vector)
+
+    def spread(values: list[jax.Array]) -> jax.Array:
+        """One scalar a query head -> a vector over its H elements."""
+        out = lax.broadcast_in_dim(values[-1], (size,), [])
+        for g in reversed(range(G - 1)):
+            out = jnp.where(position < (g + 1) * H, values[g], out)
+        return out
+
+    def step(i, state):
+        acc, max_, sum_ = state
+        items, scores = [], []
+        for u in range(JOIN_UNROLL):
+            split = i * JOIN_UNROLL + u
+            item = first + jnp.minimum(split, count - 1)
+            items.append(item)
+            scores.append([jnp.where(split < count, lse_ref[item, head, row + g], MASKED) for g in range(G)])
+        outs = [plgpu.load(partial_ref.at[item, head], layout=vector) for item in items]
+        new_max = [jnp.maximum(max_[g], _max([s[g] for s in scores])) for g in range(G)]
+        decay = [jnp.exp2(max_[g] - new_max[g]) for g in range(G)]
+        weights = [[jnp.exp2(s[g] - new_max[g]) for g in range(G)] for s in scores]
+        acc = acc * spread(decay)
+        for out, weight in zip(outs, weights, strict=True):
+            acc = acc + out * spread(weight)
+        sum_ = tuple(sum_[g] * decay[g] + sum(w[g] for w in weights) for g in range(G))
+        return acc, tuple(new_max), sum_
+
+    zero = plgpu.layout_cast(jnp.full((size,), 0, jnp.float32), vector)
+    state = zero, (jnp.float32(MASKED),) * G, (jnp.float32(0),) * G
+    acc, _, sum_ = lax.fori_loop(0, lax.div(count + JOIN_UNROLL - 1, jnp.int32(JOIN_UNROLL)), step, state)
+    return acc / spread([jnp.maximum(s, 1e-30) for s in sum_])
 
 
 def _max(values: list[jax.Array]) -> jax.Array:

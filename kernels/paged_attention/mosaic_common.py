@@ -15,6 +15,7 @@ NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
+COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 def check_supported(q: jax.Array, kv: jax.Array, max_group: int) -> None:
@@ -67,7 +68,7 @@ def zero_rows_from(v_smem, num_valid) -> None:
 
 
 def scores_product(q_smem, k_smem, interpret: bool, meanwhile=lambda: None) -> jax.Array:
-    """q @ k.T in float32; `meanwhile` runs between the start and the end of the product."""
+    """q @ k.T (or k @ q.T) in float32; `meanwhile` runs between the start and the end of the product."""
     if interpret:
         meanwhile()
         return jnp.dot(q_smem[...], k_smem[...].T, preferred_element_type=jnp.float32)
@@ -91,6 +92,29 @@ def add_values_product(acc: jax.Array, p: jax.Array, v_smem, interpret: bool, me
         meanwhile()
 
     return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def add_transposed_product(acc: jax.Array, v_smem, p_smem, interpret: bool) -> jax.Array:
+    """acc + (p @ v).T, of p and v in shared memory."""
+    if interpret:
+        return acc + jnp.dot(v_smem[...].T, p_smem[...].T, preferred_element_type=jnp.float32)
+
+    def product(acc_ref):
+        plgpu.wgmma(acc_ref, v_smem.transpose((1, 0)), p_smem.transpose((1, 0)))
+
+    return pl.run_state(product)(plgpu.ACC.init(acc))
+
+
+def store_transposed(smem, x: jax.Array, interpret: bool) -> None:
+    """smem = x.T for an x in the layout MATRIX."""
+    if interpret:
+        smem[...] = x.T
+    else:
+        smem.transpose((1, 0))[...] = plgpu.layout_cast(x, plgpu.Layout.WGMMA_TRANSPOSED)
+
+
+def broadcast_columns(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return lax.broadcast_in_dim(x, shape, [1])
 
 
 def broadcast_rows(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
