@@ -61,6 +61,18 @@ def data_parallel_size(mesh: Mesh) -> int:
     return mesh.shape[_DATA]
 
 
+def num_shards(axis: str) -> int:
+    """Into how many parts the mesh of `jax.set_mesh` splits a logical axis."""
+    mesh_axis = dict(RULES)[axis]
+    return 1 if mesh_axis is None else jax.sharding.get_abstract_mesh().shape[mesh_axis]
+
+
+def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:
+    """In a function of `per_shard`: the sum over all devices that hold other parts of the logical `axes`."""
+    mesh_axes = tuple(sorted({dict(RULES)[axis] or "" for axis in axes if num_shards(axis) > 1}))
+    return jax.lax.psum(x, mesh_axes) if mesh_axes else x
+
+
 def spec(*axes: str | None) -> PartitionSpec:
     """Logical axes → mesh axes. Raises KeyError for an axis that `RULES` does not list."""
     rules = dict(RULES)

@@ -25,7 +25,7 @@ def fp8_matmul_ref(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
 
 
 def quantize_rows(x: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
-    """x [M, D] in e4m3, and float32 [D / group, M], as the kernel reads it: a scale for each row and `group` columns."""
+    """x [M, D] in e4m3, and the scales, float32 [D / group, M]: one for each row and `group` columns."""
     groups = x.astype(jnp.float32).reshape(x.shape[0], -1, group)
     amax = jnp.maximum(jnp.max(jnp.abs(groups), axis=2), SMALLEST_AMAX)
     q = (groups * (LARGEST / amax)[:, :, None]).astype(E4M3).reshape(x.shape)

@@ -1,5 +1,6 @@
 """How each of the model's leaves is made of Hugging Face's tensors, and back. Knows shapes, not files or devices."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ Tensors = Mapping[str, np.ndarray]
 STORED = {
     "kernel": Stored("weight", "", 1, 1),
     "bias": Stored("bias", "", 1, 1),
-    **{name: stored for tensors in TENSORS.values() for name, stored in tensors.items() if name != "kernel"},
+    **{name: stored for tensors in TENSORS.values() for name, stored in tensors.items()},
 }
 
 
@@ -31,8 +32,11 @@ class Leaf:
     write: Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def leaf_of(path: str, config: ModelConfig, num_kv_heads: int) -> Leaf:
+def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_size: int = 1) -> Leaf:
     """The leaf at `path` (`ModelDef.paths`) of a model with `num_kv_heads` KV heads, copies included.
+
+    Args:
+      tensor_parallel_size: which may cut the blocks of FP8's scales.
 
     Raises:
       RuntimeError: no leaf of the model has this path.
@@ -49,6 +53,8 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int) -> Leaf:
             return _plain(f"{prefix}.o_proj.bias", (D,))
         case ("qkv_proj" | "o_proj" | "gate_up_proj" | "down_proj", _) if kind in STORED:
             stored = STORED[kind]
+            if stored.is_kept:
+                return _kept(prefix, module, stored, config, num_kv_heads, tensor_parallel_size)
             leaf = _projection(prefix, module, stored, config, num_kv_heads)
             return _flipped(leaf) if stored.is_transposed else leaf
         case ("q_norm" | "k_norm", _):
@@ -70,6 +76,61 @@ def _projection(prefix: str, module: str, stored: Stored, config: ModelConfig, K
         case "gate_up_proj":
             return _gate_up(prefix, kind, D // inner, F // out)
     return _transposed(f"{prefix}.{module}.{kind}", (D // out, F // inner), axis=0)
+
+
+def _kept(prefix: str, module: str, stored: Stored, config: ModelConfig, K: int, tp: int) -> Leaf:
+    """A tensor [out, in] of a projection kept as [*outputs, *inputs]: rows or columns, and no transpose.
+
+    Where a device's share of F is not made of whole blocks, the leaf has smaller ones and repeats their numbers.
+    """
+    F, G = config.intermediate_size, config.num_attention_heads // K
+    D, H = config.hidden_size, config.head_dim
+    part = math.gcd(stored.out_step, F // tp)  # out_step is in_step
+
+    def along_f(start: int, stop: int) -> slice | np.ndarray:
+        return np.s_[start:stop] if part == stored.out_step else np.arange(start, stop) * part // stored.out_step
+
+    def read_gate_up(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        return np.stack([tensors[name][along_f(start, stop)] for name in names])
+
+    def read_down(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        return np.ascontiguousarray(tensors[names[0]][:, along_f(start, stop)])
+
+    def read_output(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        columns = tensors[names[0]][:, start * G * h : stop * G * h]
+        return np.ascontiguousarray(columns).reshape(-1, stop - start, G, h)
+
+    def read_qkv(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        out = np.empty((stop - start, G + 2, h, d), tensors[names[0]].dtype)
+        heads = [tensors[name].reshape(-1, h, d) for name in names]
+        for i, head in enumerate(range(start, stop)):
+            out[i, :G] = heads[0][head * G : (head + 1) * G]
+            out[i, G], out[i, G + 1] = heads[1][head // copies], heads[2][head // copies]
+        return out
+
+    d, f, h = D // stored.in_step, F // stored.in_step, H // stored.in_step
+    copies, N = K // config.num_key_value_heads, config.num_attention_heads
+    repeats = stored.in_step // part
+    match module:
+        case "qkv_proj":
+            names = [f"{prefix}.{x}_proj.{stored.name}" for x in "qkv"]
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (config.num_key_value_heads * h, d))
+            shapes[names[0]] = (N * h, d)
+
+            def write_qkv(leaf: np.ndarray) -> dict[str, np.ndarray]:
+                parts = (leaf[:, :G], leaf[::copies, G], leaf[::copies, G + 1])
+                return {name: tensor.reshape(-1, d) for name, tensor in zip(names, parts, strict=True)}
+
+            return Leaf(shapes, 0, read_qkv, write_qkv)
+        case "o_proj":
+            names = [f"{prefix}.o_proj.{stored.name}"]
+            return Leaf({names[0]: (d, N * h)}, 1, read_output, lambda leaf: {names[0]: leaf.reshape(d, -1)})
+        case "gate_up_proj":
+            names = [f"{prefix}.{x}_proj.{stored.name}" for x in ("gate", "up")]
+            write = lambda leaf: {name: leaf[i, ::repeats] for i, name in enumerate(names)}
+            return Leaf(dict.fromkeys(names, (f, d)), 1, read_gate_up, write)
+    names = [f"{prefix}.{module}.{stored.name}"]
+    return Leaf({names[0]: (d, f)}, 1, read_down, lambda leaf: {names[0]: leaf[:, ::repeats]})
 
 
 def _flipped(leaf: Leaf) -> Leaf:

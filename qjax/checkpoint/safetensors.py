@@ -200,7 +200,7 @@ def _open_file(path: Path) -> dict[str, np.ndarray]:
 def _rules(config: ModelConfig, mesh: jax.sharding.Mesh, modeldef: ModelDef) -> list[Leaf]:
     tp = sharding.tensor_parallel_size(mesh)
     num_kv_heads, _ = sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tp)
-    return [leaf_of(path, config, num_kv_heads) for path in modeldef.paths]
+    return [leaf_of(path, config, num_kv_heads, tp) for path in modeldef.paths]
 
 
 def _check_tensors(

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 GROUP = 128  # weights that share a scale: a side of FP8's square blocks, the inputs of AWQ's groups
+MIN_BLOCK = 32  # what is left of a side of FP8's blocks where devices split them
 # The checkpoint's modules that are one here.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SUPPORTED = (
@@ -21,6 +22,7 @@ class Stored:
     out_step: int
     in_step: int
     is_transposed: bool = False  # the checkpoint has [in, out]
+    is_kept: bool = False  # [*outputs, *inputs] on the device, as the checkpoint has it
 
     def shape(self, kernel: tuple[int, ...], num_inputs: int) -> tuple[int, ...]:
         """Of the tensor for a kernel [*inputs, *outputs]: the last input axis and the last output axis are shorter."""
@@ -31,8 +33,8 @@ class Stored:
 # By method and by the parameter's name. Scales are float32, which holds the checkpoints' bfloat16 and float16 exactly.
 TENSORS: dict[str, dict[str, Stored]] = {
     "fp8": {
-        "kernel": Stored("weight", "float8_e4m3fn", 1, 1),
-        "weight_scale_inv": Stored("weight_scale_inv", "float32", GROUP, GROUP),
+        "weight": Stored("weight", "float8_e4m3fn", 1, 1, is_kept=True),
+        "weight_scale_inv": Stored("weight_scale_inv", "float32", GROUP, GROUP, is_kept=True),
     },
     "awq": {  # eight outputs in an int32
         "qweight": Stored("qweight", "int32", 8, 1, is_transposed=True),
@@ -101,7 +103,14 @@ class Quantization:
                     f"{name}={size} is no multiple of {GROUP}, the group of weights that share a scale: "
                     f"quantised ({self.method}) models with it are not supported."
                 )
-        if intermediate_size % (GROUP * tp):
+        if self.method == "fp8":  # the blocks of its scales are cut at the devices' ends
+            if intermediate_size % GROUP or intermediate_size // tp % MIN_BLOCK:
+                raise ValueError(
+                    f"intermediate_size={intermediate_size} is no multiple of {GROUP}, or split by "
+                    f"tensor_parallel_size={tp} no multiple of {MIN_BLOCK}: a block of weights that share a scale "
+                    "cannot be cut so (fp8). Lower --tensor-parallel-size."
+                )
+        elif intermediate_size % (GROUP * tp):
             raise ValueError(
                 f"intermediate_size={intermediate_size} is no multiple of {GROUP} × tensor_parallel_size={tp}: a group "
                 f"of weights that share a scale ({self.method}) cannot be split. Lower --tensor-parallel-size."

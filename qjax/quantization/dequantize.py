@@ -10,25 +10,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from qjax.kernels.fp8_matmul.reference import dequantize as dequantize_fp8
+
 # AutoAWQ's GEMM packing: nibble i of a word, from the lowest, is column ORDER[i] of its eight.
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _SHIFTS = tuple(4 * ORDER.index(column) for column in range(8))
 
 
 def dequantize(method: str, tensors: Mapping[str, jax.Array], dtype: Any) -> jax.Array:
-    """The kernel [*inputs, *outputs] of a projection's tensors, which `quantization.config.TENSORS` lists."""
+    """The kernel [*inputs, *outputs] of a projection's tensors, which `quantization.config.TENSORS` lists; of FP8's
+    [*outputs, *inputs]."""
     if method == "fp8":
-        return dequantize_fp8(tensors["kernel"], tensors["weight_scale_inv"], dtype)
+        return dequantize_fp8(tensors["weight"], tensors["weight_scale_inv"], dtype)
     return dequantize_awq(tensors["qweight"], tensors["qzeros"], tensors["scales"], dtype)
-
-
-def dequantize_fp8(kernel: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """kernel (e4m3) times scale (float32), whose axes are shorter by the size of a block.
-
-    The activations keep their dtype (W8A16). Checkpoints of `activation_scheme` dynamic are made for products of two
-    FP8 numbers; activations are rounded to FP8 too once a kernel multiplies them so.
-    """
-    return (kernel.astype(jnp.float32) * _expand(scale, kernel.shape)).astype(dtype)
 
 
 def dequantize_awq(qweight: jax.Array, qzeros: jax.Array, scales: jax.Array, dtype: Any) -> jax.Array:
