@@ -2,7 +2,7 @@
 
 One warpgroup fetches tiles of x and w with TMA, two multiply: a fresh accumulator for each block of D, as the tensor
 cores sum FP8 products with few bits, added to float32 sums times the scales of its rows and columns. Few rows arrive
-in their own dtype and one more warpgroup rounds them to FP8, which saves a kernel; many are rounded before.
+in their own dtype and one more warpgroup rounds them to FP8, which saves a kernel; many are rounded by one before.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.kernels.fp8_matmul.reference import E4M3, LARGEST, SMALLEST_AMAX, quantize_rows
+from qjax.kernels.fp8_matmul.reference import E4M3, LARGEST, SMALLEST_AMAX
 
 NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
 MAX_ROUNDED_ROWS = 32  # which the kernel itself rounds to FP8
@@ -78,14 +78,14 @@ def plan(M: int, D: int, N: int, block_n: int, block_d: int) -> Plan:
 
 
 def _microseconds(M: int, D: int, N: int, block_d: int, cut: Plan) -> float:
-    rows = -(-M // 8) * 8 if M <= 64 else cut.block_rows
+    rows = cut.block_rows if cut.is_rounded else -(-M // 8) * 8
     row_blocks = -(-M // cut.block_rows)
     rounds = -(-N // cut.tile_n * cut.num_parts * row_blocks // NUM_SMS)
     steps = rounds * -(-(D // block_d) // cut.num_parts)
     from_memory = block_d * cut.tile_n / (3.0e6 / NUM_SMS) / row_blocks  # of one step, at an SM's share of 3.0 TB/s
     from_cache = block_d * (cut.tile_n + rows * (1 if cut.is_rounded else 2)) / (5.5e6 / NUM_SMS)
     multiply = 2 * cut.block_rows * cut.tile_n * block_d / (1100e6 / NUM_SMS)
-    latency = 0.25  # of a product that waits for itself; two warpgroups take turns
+    latency = 0.25 if cut.is_rounded else 0.4  # of a product that waits for itself, and of rounding
     results = M * N * (2 * 4 * cut.num_parts if cut.num_parts > 1 else 2) / 2e6  # written and read, from the cache
     return steps * max(from_memory, from_cache, multiply, latency) + rounds * 1.0 + results
 
@@ -98,10 +98,49 @@ def fp8_matmul_mosaic(
         raise NotImplementedError(f"the kernel takes rows of bfloat16 or float16, not {x.dtype}")
     cut = cut or plan(M, D, N, N // scale.shape[0], D // scale.shape[1])
     # Rows come and go in boxes of whole 8-row tiles. What pads them is fused into what computed x.
-    num_rows = -(-M // 8) * 8 if M <= 64 else -(-M // cut.block_rows) * cut.block_rows
-    x = jnp.pad(x, ((0, num_rows - M), (0, 0)))
-    inputs = quantize_rows(x, D // scale.shape[1]) if cut.is_rounded else (x,)
+    box = cut.block_rows if cut.is_rounded or M > 64 else 8
+    x = jnp.pad(x, ((0, -M % box), (0, 0)))
+    inputs = quantize_rows_mosaic(x, D // scale.shape[1], interpret=interpret) if cut.is_rounded else (x,)
     return _product(w, scale, *inputs, cut=cut, dtype=x.dtype, interpret=interpret)[:, :M]
+
+
+def _rounded(x_smem) -> tuple[jax.Array, jax.Array]:
+    """A tile [rows, columns] in e4m3 and the scales [rows]."""
+    values = plgpu.load(x_smem, layout=MATRIX).astype(jnp.float32)
+    amax = jnp.maximum(jnp.max(jnp.abs(values), axis=1), SMALLEST_AMAX)
+    return (values * lax.broadcast_in_dim(LARGEST / amax, values.shape, [0])).astype(E4M3), amax * (1 / LARGEST)
+
+
+@functools.partial(jax.jit, static_argnames=("group", "interpret"))
+def quantize_rows_mosaic(x: jax.Array, group: int, *, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    """`reference.quantize_rows` of a multiple of 64 rows, in one kernel: XLA makes three."""
+    M, D = x.shape
+
+    def quantize_rows_kernel(x_ref, q_ref, scale_ref, x_smem, q_smem, scale_smem, came):
+        row, column = lax.axis_index("row"), lax.axis_index("column")
+        tile = pl.ds(pl.multiple_of(row * PIECE, PIECE), PIECE), pl.ds(pl.multiple_of(column * group, group), group)
+        plgpu.copy_gmem_to_smem(x_ref.at[tile], x_smem, came)
+        plgpu.barrier_wait(came)
+        q_smem[...], scale_smem[...] = _rounded(x_smem)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem, q_ref.at[tile])
+        plgpu.copy_smem_to_gmem(scale_smem, scale_ref.at[column, tile[0]])
+        plgpu.wait_smem_to_gmem(0)
+
+    q, scale = plgpu.kernel(
+        quantize_rows_kernel,
+        out_type=[jax.ShapeDtypeStruct((M, D), E4M3), jax.ShapeDtypeStruct((D // group, M), jnp.float32)],
+        scratch_types=[
+            plgpu.SMEM((PIECE, group), x.dtype, transforms=tiled(group, 2)),
+            plgpu.SMEM((PIECE, group), E4M3, transforms=tiled(group, 1)),
+            plgpu.SMEM((PIECE,), jnp.float32),
+            plgpu.Barrier(),
+        ],
+        grid=(M // PIECE, D // group),
+        grid_names=("row", "column"),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(x)
+    return q, scale
 
 
 @functools.partial(jax.jit, static_argnames=("cut", "dtype", "interpret"))  # one trace and one kernel for all layers
@@ -240,11 +279,7 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
                     def step(i, _):
                         slot = slot_of(done + i)
                         plgpu.barrier_wait(came[1].at[slot])  # so the slot's last products are done as well
-                        values = plgpu.load(came[0].at[slot], layout=MATRIX).astype(jnp.float32)
-                        amax = jnp.maximum(jnp.max(jnp.maximum(values, -values), axis=1), SMALLEST_AMAX)
-                        factor = lax.broadcast_in_dim(LARGEST / amax, values.shape, [0])
-                        x_smem[slot] = (values * factor).astype(E4M3)
-                        row_scale_smem[slot] = amax * (1 / LARGEST)
+                        x_smem[slot], row_scale_smem[slot] = _rounded(came[0].at[slot])
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(full.at[slot])
 
