@@ -98,7 +98,7 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "Weights, activations and KV; auto: bfloat16 on a GPU, float32 on a CPU", group="Model"
     )
-    quantization: Literal["awq", "fp8"] | None = option(
+    quantization: Literal["awq", "fp8", "gptq"] | None = option(
         None, "What the checkpoint must be quantised by [as it is]", group="Model"
     )
     seed: int = option(0, "Seed of requests that bring none, and of dummy weights", group="Model", metavar="NUMBER")

@@ -29,6 +29,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("rows", _DATA),  # tokens of packed training rows, row after row
     ("rank", None),  # of a LoRA adapter
     ("parts", None),  # of a sum that is yet to be taken
+    ("cell_words", None),  # of int4 weights
 )
 KV_CACHE_AXES = ("layers", "keys_values", "pages", "kv_heads", "page_slots", "head_dim")
 

@@ -13,10 +13,10 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils
 from jax.experimental.mosaic.gpu.fragmented_array import WGMMA_LAYOUT_ACC_32BIT
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
 
 from qjax.kernels.int4_matmul.packing import CELL_OUTPUTS, CELL_WORDS, GROUP, ZERO_MASK
 
+ir = utils.ir  # MLIR's types, as Mosaic's own code sees them
 WORDS = plgpu.Layout.WG_STRIDED((CELL_WORDS // 128, 128), vec_size=4)
 OUTPUTS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a matrix
 # The bits of a pair of floats whose mantissas count in ones (128 and 1024): "or" adds a nibble to one whose bits are 0.

@@ -2,19 +2,20 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from qjax.models.config import ModelConfig
-from qjax.quantization.config import TENSORS, Stored
+from qjax.quantization.config import GROUP, TENSORS, Stored
+from qjax.quantization.int4 import CELL_OUTPUTS, is_in_order, repack_scales, repack_weights
 
 Tensors = Mapping[str, np.ndarray]
 # By the parameter's name; a kernel is "weight" in every checkpoint, quantised or not.
 STORED = {
     "kernel": Stored("weight", "", 1, 1),
     "bias": Stored("bias", "", 1, 1),
-    **{name: stored for tensors in TENSORS.values() for name, stored in tensors.items()},
+    **TENSORS["fp8"],
 }
 
 
@@ -30,6 +31,7 @@ class Leaf:
     axis: int
     read: Callable[[Tensors, int, int], np.ndarray]
     write: Callable[[np.ndarray], dict[str, np.ndarray]]
+    dtypes: dict[str, str] = field(default_factory=dict)  # of tensors that `read` makes something else of, by name
 
 
 def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_size: int = 1) -> Leaf:
@@ -57,6 +59,10 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_s
                 return _kept(prefix, module, stored, config, num_kv_heads, tensor_parallel_size)
             leaf = _projection(prefix, module, stored, config, num_kv_heads)
             return _flipped(leaf) if stored.is_transposed else leaf
+        case (_, "words"):
+            return _int4_words(prefix, module, config, num_kv_heads)
+        case (_, "scales_zeros"):
+            return _int4_scales(prefix, module, config, num_kv_heads)
         case ("q_norm" | "k_norm", _):
             return _plain(f"{prefix}.{module}.weight", (config.head_dim,))
         case ("norm" | "input_layernorm" | "post_attention_layernorm", _):
@@ -131,6 +137,59 @@ def _kept(prefix: str, module: str, stored: Stored, config: ModelConfig, K: int,
             return Leaf(dict.fromkeys(names, (f, d)), 1, read_gate_up, write)
     names = [f"{prefix}.{module}.{stored.name}"]
     return Leaf({names[0]: (d, f)}, 1, read_down, lambda leaf: {names[0]: leaf[:, ::repeats]})
+
+
+def _int4_words(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
+    """`words` of an `Int4Linear`, made of the checkpoint's `qweight`."""
+    assert config.quantization is not None
+    method, num_inputs = config.quantization.method, 3 if module == "o_proj" else 1
+    stored = TENSORS[method]["qweight"]
+    source = _flipped(_projection(prefix, module, stored, config, K))
+    # Elements of the source's axis in one of the leaf's; heads are heads.
+    ratio = {"gate_up_proj": CELL_OUTPUTS // stored.out_step, "down_proj": GROUP // stored.in_step}.get(module, 1)
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        part = source.read(tensors, start * ratio, stop * ratio)
+        inputs, outputs = part.shape[:num_inputs], part.shape[num_inputs:]
+        words = repack_weights(part.reshape(math.prod(inputs), -1), method)
+        groups = (*inputs[:-1], inputs[-1] * stored.in_step // GROUP)
+        return words.reshape(*groups, *outputs[:-1], outputs[-1] * stored.out_step // CELL_OUTPUTS, -1)
+
+    return Leaf(source.shapes, source.axis, read, _not_written, dict.fromkeys(source.shapes, stored.dtype))
+
+
+def _int4_scales(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
+    """`scales_zeros` of an `Int4Linear`, made of the checkpoint's `scales` and `qzeros`; looks at GPTQ's `g_idx`."""
+    assert config.quantization is not None
+    method, num_inputs = config.quantization.method, 3 if module == "o_proj" else 1
+    tensors = TENSORS[method]
+    zeros, scales = (_flipped(_projection(prefix, module, tensors[x], config, K)) for x in ("qzeros", "scales"))
+    ratio = tensors["qzeros"].out_step if module == "gate_up_proj" else 1  # leaf's elements in one of the zeros' axis
+    shapes = {**zeros.shapes, **scales.shapes}
+    dtypes = dict.fromkeys(zeros.shapes, "int32") | dict.fromkeys(scales.shapes, "float32")
+    indices = {}
+    if method == "gptq":
+        inputs = {"o_proj": config.num_attention_heads * config.head_dim, "down_proj": config.intermediate_size}
+        size = inputs.get(module, config.hidden_size)
+        indices = {name.removesuffix("scales") + "g_idx": (size,) for name in scales.shapes}
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        for name in indices:
+            if not is_in_order(tensors[name]):
+                raise ValueError(
+                    f"tensor {name}: its groups are not 128 inputs that follow each other (desc_act), which is not "
+                    "supported: quantise with desc_act false."
+                )
+        zero, scale = zeros.read(tensors, start // ratio, stop // ratio), scales.read(tensors, start, stop)
+        rows = math.prod(scale.shape[:num_inputs])
+        return repack_scales(zero.reshape(rows, -1), scale.reshape(rows, -1), method).reshape(scale.shape)
+
+    dtypes |= dict.fromkeys(indices, "int32")
+    return Leaf(shapes | indices, scales.axis, read, _not_written, dtypes)
+
+
+def _not_written(_: np.ndarray) -> dict[str, np.ndarray]:
+    raise RuntimeError("a model that is quantised to int4 is not written: `save_params` refuses it")
 
 
 def _flipped(leaf: Leaf) -> Leaf:

@@ -24,14 +24,16 @@ from qjax.checkpoint.names import Leaf, contiguous, leaf_of
 from qjax.models.config import ModelConfig
 from qjax.models.layers import INIT_STDDEV
 from qjax.models.qwen3 import ModelDef, abstract_model
+from qjax.quantization.int4 import pack_scales
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 FLOATS = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 # Those of quantised weights are never converted.
 DTYPES = FLOATS | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "I32": np.dtype(np.int32)}
-# Of dummy weights: numbers of the size that normal(0.02) has once dequantised; AWQ's zero points are all 8.
-FILLS = {"bias": 0, "weight": 1, "weight_scale_inv": INIT_STDDEV, "scales": INIT_STDDEV / 4.6, "qzeros": -0x77777778}
+# Of dummy weights: numbers of the size that normal(0.02) has once dequantised; int4's zero points are all 8.
+INT4_FILL = int(pack_scales(np.full((1, 1), INIT_STDDEV / 4.6), np.full((1, 1), 8))[0, 0])
+FILLS = {"bias": 0, "weight": 1, "weight_scale_inv": INIT_STDDEV, "scales_zeros": INT4_FILL}
 NUM_READERS = min(16, os.cpu_count() or 1)  # threads; each holds one device's part of one leaf
 
 
@@ -89,7 +91,7 @@ def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, see
     key = jax.device_put(jax.random.key(seed), sharding.replicated(leaves[0].sharding.mesh))
 
     def make(i: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if path.endswith((".bias", "norm.weight", ".weight_scale_inv", ".scales", ".qzeros")):
+        if path.endswith((".bias", "norm.weight", ".weight_scale_inv", ".scales_zeros")):
             fill = np.full(leaf.shape, FILLS[path.rpartition(".")[2]], leaf.dtype)
             return jax.device_put(fill, leaf.sharding)
         return _random_leaf(key, i, shape=leaf.shape, dtype=leaf.dtype, where=leaf.sharding)
@@ -212,7 +214,7 @@ def _check_tensors(
 ) -> None:
     expected: dict[str, tuple[tuple[int, ...], Any]] = {}
     for rule, leaf in zip(rules, leaves, strict=True):
-        expected |= {name: (shape, leaf.dtype) for name, shape in rule.shapes.items()}
+        expected |= {name: (shape, rule.dtypes.get(name, leaf.dtype)) for name, shape in rule.shapes.items()}
     for name, (shape, dtype) in expected.items():
         if name not in tensors:
             raise ValueError(f"{folder}: tensor {name} {list(shape)} is missing.")
@@ -233,9 +235,12 @@ def _place(rule: Leaf, leaf: jax.ShapeDtypeStruct, tensors: Mapping[str, np.ndar
     # numpy moves the standard integers without the interpreter lock, bfloat16 only with it.
     bits = {name: tensors[name].view(f"u{tensors[name].itemsize}") for name in rule.shapes}
     stored = tensors[next(iter(bits))].dtype
+    is_remade = bool(rule.dtypes)
 
     def part(index: Any) -> np.ndarray:  # a slice for each axis
         start, stop, _ = index[rule.axis].indices(leaf.shape[rule.axis])
+        if is_remade:
+            return rule.read(tensors, start, stop)
         return rule.read(bits, start, stop).view(stored).astype(leaf.dtype, copy=False)
 
     return jax.make_array_from_callback(leaf.shape, leaf.sharding, part)

@@ -8,8 +8,9 @@ MIN_BLOCK = 32  # what is left of a side of FP8's blocks where devices split the
 # The checkpoint's modules that are one here.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SUPPORTED = (
-    "Supported: quant_method 'fp8' (fmt e4m3, activation_scheme dynamic, weight_block_size [128, 128]) and 'awq' "
-    "(bits 4, group_size 128, zero_point true, version gemm)."
+    "Supported: quant_method 'fp8' (fmt e4m3, activation_scheme dynamic, weight_block_size [128, 128]), 'awq' "
+    "(bits 4, group_size 128, zero_point true, version gemm) and 'gptq' (bits 4, group_size 128, sym true, desc_act "
+    "false, checkpoint_format gptq)."
 )
 
 
@@ -30,7 +31,7 @@ class Stored:
         return (*inputs[:-1], inputs[-1] // self.in_step, *outputs[:-1], outputs[-1] // self.out_step)
 
 
-# By method and by the parameter's name. Scales are float32, which holds the checkpoints' bfloat16 and float16 exactly.
+# By method and by the name in the checkpoint. Scales are float32, which holds bfloat16 and float16 exactly.
 TENSORS: dict[str, dict[str, Stored]] = {
     "fp8": {
         "weight": Stored("weight", "float8_e4m3fn", 1, 1, is_kept=True),
@@ -41,6 +42,11 @@ TENSORS: dict[str, dict[str, Stored]] = {
         "qzeros": Stored("qzeros", "int32", 8, GROUP, is_transposed=True),
         "scales": Stored("scales", "float32", 1, GROUP, is_transposed=True),
     },
+    "gptq": {  # eight inputs, but of the zero points eight outputs
+        "qweight": Stored("qweight", "int32", 1, 8, is_transposed=True),
+        "qzeros": Stored("qzeros", "int32", 8, GROUP, is_transposed=True),
+        "scales": Stored("scales", "float32", 1, GROUP, is_transposed=True),
+    },
 }
 
 
@@ -48,7 +54,7 @@ TENSORS: dict[str, dict[str, Stored]] = {
 class Quantization:
     """How the projections of the decoder's layers are stored; embeddings, norms and lm_head never are quantised."""
 
-    method: Literal["fp8", "awq"]
+    method: Literal["fp8", "awq", "gptq"]
     modules_to_not_convert: tuple[str, ...] = ()  # names, or beginnings or ends of names, at their dots
 
     @classmethod
@@ -66,6 +72,10 @@ class Quantization:
         elif method == "awq":
             expected = {"bits": 4, "group_size": GROUP, "zero_point": True, "version": "gemm"}
             optional = {"version"}
+        elif method == "gptq":
+            expected = {"bits": 4, "group_size": GROUP, "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+            expected |= {"lm_head": False, "dynamic": None, "modules_in_block_to_quantize": None}
+            optional = {"checkpoint_format", "lm_head"}
         else:
             raise ValueError(f"config.json: quantization_config: quant_method={method!r} is not supported. {SUPPORTED}")
         for name, value in expected.items():
@@ -95,6 +105,11 @@ class Quantization:
             )
         return not skipped
 
+    @property
+    def is_int4(self) -> bool:
+        """Repacked at load to `words` and `scales_zeros` of `kernels.int4_matmul`, whatever the method."""
+        return self.method != "fp8"
+
     def check_sizes(self, tp: int, *, head_dim: int, hidden_size: int, intermediate_size: int) -> None:
         """Raises ValueError naming the first size that is not made of whole groups, on each of `tp` devices."""
         for name, size in (("head_dim", head_dim), ("hidden_size", hidden_size)):
@@ -118,7 +133,9 @@ class Quantization:
 
     def num_bytes(self, num_weights: int) -> int:
         """Of a projection with so many weights."""
-        itemsize = {"float8_e4m3fn": 1, "int32": 4, "float32": 4}
+        if self.is_int4:  # a scale and its zero point are one word
+            return num_weights // 2 + num_weights // GROUP * 4
+        itemsize = {"float8_e4m3fn": 1, "float32": 4}
         tensors = TENSORS[self.method].values()
         return sum(num_weights * itemsize[t.dtype] // (t.out_step * t.in_step) for t in tensors)
 

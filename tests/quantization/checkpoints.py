@@ -1,6 +1,7 @@
-"""Checkpoints as Qwen publishes them, FP8 and AWQ, and what their numbers are: numpy loops, no line of qjax."""
+"""Checkpoints as Qwen publishes them, FP8, AWQ and GPTQ, and what their numbers are: numpy loops, no line of qjax."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ QUANTIZATION: dict[str, dict[str, Any]] = {
         "version": "gemm",
         "modules_to_not_convert": None,
     },
+    "gptq": {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "damp_percent": 0.01,
+        "desc_act": False,
+        "static_groups": False,
+        "sym": True,
+        "true_sequential": True,
+    },
 }
 PACKING = (0, 2, 4, 6, 1, 3, 5, 7)  # AutoAWQ's: which column the next higher four bits of a word are
 
@@ -51,7 +62,7 @@ def write_pair(folder: Path, method: str, skip: tuple[str, ...] = (), **config: 
         if not module.endswith("_proj") or module in skip:
             stored[name] = tensor
             continue
-        parts, tensors[name] = (quantize_fp8 if method == "fp8" else quantize_awq)(0.4 * tensor)
+        parts, tensors[name] = QUANTIZE[method](0.4 * tensor)
         stored |= {f"{module}.{kind}": part for kind, part in parts.items()}
     save_file(tensors, plain / "model.safetensors")
     save_file(stored, quantised / "model.safetensors")
@@ -92,9 +103,30 @@ def quantize_awq(weight: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]
     return {"qweight": pack(q), "qzeros": pack(zeros), "scales": scales}, numbers
 
 
-def pack(q: np.ndarray) -> np.ndarray:
+def quantize_gptq(weight: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Tensors of a weight [out, in], and the float32 numbers that they stand for: the zero point is 8 everywhere."""
+    inputs, outputs = weight.shape[1], weight.shape[0]
+    q, scales = np.empty((inputs, outputs), np.int64), np.empty((inputs // 128, outputs), np.float16)
+    numbers = np.empty(weight.shape, np.float32)
+    for group in range(inputs // 128):
+        rows = slice(128 * group, 128 * (group + 1))
+        part = weight.T[rows]
+        scales[group] = np.abs(part).max(0) / 7.5
+        scale = scales[group].astype(np.float32)
+        q[rows] = np.clip(np.round(part / scale) + 8, 0, 15)
+        numbers.T[rows] = (q[rows] - 8).astype(np.float32) * scale
+    qweight = pack(q.T, range(8)).T.copy()  # eight inputs in a word
+    qzeros = pack(np.full((inputs // 128, outputs), 8 - 1), range(8))  # stored less 1
+    g_idx = (np.arange(inputs) // 128).astype(np.int32)
+    return {"qweight": qweight, "qzeros": qzeros, "scales": scales, "g_idx": g_idx}, numbers
+
+
+QUANTIZE = {"fp8": quantize_fp8, "awq": quantize_awq, "gptq": quantize_gptq}
+
+
+def pack(q: np.ndarray, order: Iterable[int] = PACKING) -> np.ndarray:
     """[n, 8 * m] of 0..15 → int32 [n, m]."""
     words = np.zeros((q.shape[0], q.shape[1] // 8), np.uint32)
-    for i, column in enumerate(PACKING):
+    for i, column in enumerate(order):
         words |= q[:, column::8].astype(np.uint32) << np.uint32(4 * i)
     return words.view(np.int32)

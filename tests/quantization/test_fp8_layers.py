@@ -8,12 +8,12 @@ import pytest
 from qjax import sharding
 from qjax.checkpoint.names import leaf_of
 from qjax.checkpoint.safetensors import load_params, open_folder
+from qjax.kernels.fp8_matmul.reference import dequantize as dequantize_fp8
 from qjax.kernels.fp8_matmul.reference import fp8_product
 from qjax.models import quantized
 from qjax.models.layers import Linear
 from qjax.models.quantized import FP8Linear
 from qjax.models.qwen3 import abstract_model, merge
-from qjax.quantization.dequantize import dequantize_fp8
 from tests.models.stepper import mesh_of
 from tests.quantization.checkpoints import write_pair
 from tests.quantization.test_quantized import config_of, logits_of, tiny

@@ -1,8 +1,9 @@
-"""FP8 and AWQ checkpoints: the numbers of their formulas, the logits of the dequantised model, errors by name."""
+"""FP8, AWQ and GPTQ checkpoints: the numbers of their formulas, the logits of the dequantised model, errors by name."""
 
 import dataclasses
 import functools
 import json
+import math
 import operator
 
 import jax
@@ -15,15 +16,17 @@ from safetensors.numpy import save_file
 from qjax import sharding
 from qjax.checkpoint.safetensors import dummy_params, load_params, open_folder, save_params
 from qjax.engine.weights import check_weights
+from qjax.kernels.fp8_matmul.reference import dequantize as dequantize_fp8
+from qjax.kernels.int4_matmul import dequantize as dequantize_int4
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import abstract_model, merge
-from qjax.quantization.dequantize import dequantize, dequantize_awq, dequantize_fp8, unpack_awq
+from qjax.quantization.int4 import repack_scales, repack_weights
 from tests.models.stepper import Stepper, mesh_of
-from tests.quantization.checkpoints import CONFIG, QUANTIZATION, quantize_awq, quantize_fp8, write_pair
+from tests.quantization.checkpoints import CONFIG, QUANTIZATION, QUANTIZE, write_pair
 from tests.tiny import TINY
 
 IDS = np.random.default_rng(3).integers(3, 160, 40).tolist()
-METHODS = ["fp8", "awq"]
+METHODS = ["fp8", "awq", "gptq"]
 
 
 def config_of(folder) -> ModelConfig:
@@ -49,31 +52,56 @@ def pair(request, tmp_path_factory):
     return write_pair(tmp_path_factory.mktemp(request.param), request.param)
 
 
-def test_awq_words_by_hand():
-    """Nibbles from the lowest: columns 0, 2, 4, 6, 1, 3, 5, 7."""
-    assert unpack_awq(jnp.array([0x76543210], jnp.int32)).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    negative = np.array([[0xF0000001]], np.uint32).view(np.int32)
-    assert unpack_awq(jnp.asarray(negative)).tolist() == [[1, 0, 0, 0, 0, 0, 0, 15]]
-    # One group of two inputs, zero point 8 in every column but column 1, where it is 3.
-    qweight = np.array([[0x00000000], [0xFFFFFFFF]], np.uint32).view(np.int32)
-    qzeros = np.array([[0x88838888]], np.uint32).view(np.int32)
-    scales = np.array([[1, 2, 0.5, 1, 1, 1, 1, 1]], np.float32)
-    numbers = dequantize_awq(jnp.asarray(qweight), jnp.asarray(qzeros), jnp.asarray(scales), jnp.float32)
-    assert numbers.tolist() == [[-8, -6, -4, -8, -8, -8, -8, -8], [7, 24, 3.5, 7, 7, 7, 7, 7]]
+def int4_numbers(qweight, qzeros, scales, method: str, dtype="float32") -> np.ndarray:
+    """[out, in] of a checkpoint's tensors."""
+    words, scales_zeros = repack_weights(qweight, method), repack_scales(qzeros, scales, method)
+    return np.asarray(dequantize_int4(jnp.asarray(words), jnp.asarray(scales_zeros), dtype))
+
+
+def test_int4_words_by_hand():
+    """AWQ's nibbles from the lowest are columns 0, 2, 4, 6, 1, 3, 5, 7; GPTQ's are in order, its zero points less 1."""
+    uint32 = lambda *words: np.array([words], np.uint32).view(np.int32)
+    column_of_nibble = {"awq": (0, 2, 4, 6, 1, 3, 5, 7), "gptq": range(8)}
+    for method, order in column_of_nibble.items():
+        zeros = repack_scales(uint32(0x76543210, 0xF0000001), np.ones((1, 16), np.float16), method)[0] & 31
+        values = (0, 1, 2, 3, 4, 5, 6, 7), (1, 0, 0, 0, 0, 0, 0, 15)
+        expected = np.empty((2, 8), int)
+        expected[:, list(order)] = np.array(values) + (method == "gptq")
+        assert zeros.tolist() == expected.reshape(-1).tolist()
+    ones, scales = np.full((1, 8), 0x11111111, np.int32), np.ones((1, 64), np.float16)  # zero points 1; of GPTQ 2
+    awq = np.zeros((128, 8), np.int32)
+    awq[5, 2] = 0x00A00000  # nibble 5: column 3 of the third word
+    found = int4_numbers(awq, ones, scales, "awq")
+    assert found[19, 5] == 9 and (found == -1).sum() == found.size - 1
+    gptq = np.zeros((16, 64), np.int32)
+    gptq[3, 19] = 0x00A00000  # input 5 of the fourth eight
+    found = int4_numbers(gptq, ones, scales, "gptq")
+    assert found[19, 29] == 8 and (found == -2).sum() == found.size - 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_formulas_bit_by_bit(dtype):
+@pytest.mark.parametrize("method", METHODS)
+def test_formulas_bit_by_bit(method, dtype):
     weight = np.random.default_rng(0).standard_normal((256, 384), np.float32)
-    parts, numbers = quantize_fp8(weight)
-    found = dequantize_fp8(jnp.asarray(parts["weight"]), jnp.float32(parts["weight_scale_inv"]), dtype)
-    np.testing.assert_array_equal(np.asarray(found), numbers.astype(ml_dtypes.bfloat16 if dtype != "float32" else "f4"))
-    parts, numbers = quantize_awq(weight)
-    tensors = (jnp.asarray(parts["qweight"]), jnp.asarray(parts["qzeros"]), jnp.float32(parts["scales"]))
-    found = dequantize_awq(*tensors, dtype)
-    expected = numbers.T.astype(ml_dtypes.bfloat16 if dtype != "float32" else "f4")
+    parts, numbers = QUANTIZE[method](weight)
+    if method == "fp8":
+        found = dequantize_fp8(jnp.asarray(parts["weight"]), jnp.float32(parts["weight_scale_inv"]), dtype)
+    else:
+        found = int4_numbers(parts["qweight"], parts["qzeros"], parts["scales"], method, dtype)
+    expected = numbers.astype(ml_dtypes.bfloat16 if dtype != "float32" else "f4")
     np.testing.assert_array_equal(np.asarray(found), expected)
-    assert np.abs(numbers - weight).max() < 0.3  # the test's own rounding is what it says
+    assert np.abs(numbers - weight).max() < 0.4  # the test's own rounding is what it says
+
+
+def numbers_of(tensors: dict[str, jax.Array], num_inputs: int, dtype="float32") -> np.ndarray:
+    """A projection's parameters by name, as the kernel [*inputs, *outputs]."""
+    if "words" not in tensors:
+        numbers = np.asarray(dequantize_fp8(tensors["weight"], tensors["weight_scale_inv"], dtype))
+        return np.moveaxis(numbers, range(-num_inputs, 0), range(num_inputs))  # of [*outputs, *inputs]
+    words, scales_zeros = tensors["words"], tensors["scales_zeros"]
+    groups, outputs = scales_zeros.shape[:num_inputs], scales_zeros.shape[num_inputs:]
+    flat = words.reshape(math.prod(groups), -1, words.shape[-1]), scales_zeros.reshape(math.prod(groups), -1)
+    return np.asarray(dequantize_int4(*flat, dtype)).T.reshape(*groups[:-1], groups[-1] * 128, *outputs)
 
 
 def test_loaded_weights_are_the_dequantised_ones(pair):
@@ -85,14 +113,10 @@ def test_loaded_weights_are_the_dequantised_ones(pair):
         layers.append(merge(modeldef, leaves).layers[-1])
     for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
         found, expected = (operator.attrgetter(name)(layer) for layer in layers)
-        if "fp8" in pair[0].name:
-            tensors = {"weight": found.weight[...], "weight_scale_inv": found.weight_scale_inv[...]}
-            numbers = np.asarray(dequantize("fp8", tensors, jnp.float32))  # [*outputs, *inputs]
-            weight = np.moveaxis(numbers, range(-len(found.in_axes), 0), range(len(found.in_axes)))
-        else:
-            with jax.set_mesh(mesh_of(1)):
-                weight = jax.jit(lambda module=found: module.weight(jnp.float32))()
-        np.testing.assert_array_equal(np.asarray(weight), np.asarray(expected.kernel[...]), err_msg=name)
+        names = ("weight", "weight_scale_inv") if "fp8" in pair[0].name else ("words", "scales_zeros")
+        tensors = {name: jnp.asarray(np.asarray(getattr(found, name)[...])) for name in names}
+        weight = numbers_of(tensors, len(found.in_axes))
+        np.testing.assert_array_equal(weight, np.asarray(expected.kernel[...]), err_msg=name)
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])  # 4: each of the two KV heads is there twice
@@ -130,7 +154,7 @@ def test_names_to_not_convert_end_at_dots():
 @pytest.mark.parametrize(
     ("method", "changes", "message"),
     [
-        ("fp8", {"quant_method": "gptq"}, r"quant_method='gptq' is not supported. Supported: .*'fp8'.*'awq'"),
+        ("fp8", {"quant_method": "hqq"}, r"quant_method='hqq' is not supported. Supported: .*'fp8'.*'awq'.*'gptq'"),
         ("fp8", {"quant_method": None}, "quant_method=None"),
         ("fp8", {"fmt": "e5m2"}, "fmt='e5m2'"),
         ("fp8", {"activation_scheme": "static"}, "activation_scheme='static'"),
@@ -140,6 +164,13 @@ def test_names_to_not_convert_end_at_dots():
         ("awq", {"group_size": 64}, "group_size=64"),
         ("awq", {"zero_point": False}, "zero_point=False"),
         ("awq", {"version": "gemv"}, "version='gemv'"),
+        ("gptq", {"bits": 8}, "bits=8"),
+        ("gptq", {"group_size": -1}, "group_size=-1"),
+        ("gptq", {"desc_act": True}, "desc_act=True"),
+        ("gptq", {"sym": False}, "sym=False"),
+        ("gptq", {"checkpoint_format": "gptq_v2"}, "checkpoint_format='gptq_v2'"),
+        ("gptq", {"lm_head": True}, "lm_head=True"),
+        ("gptq", {"dynamic": {"-:.*down_proj": {}}}, "dynamic="),
     ],
 )
 def test_other_kinds_are_refused_by_name(method, changes, message):
@@ -206,6 +237,17 @@ def test_wrong_tensors_are_named(tmp_path, pair):
         load(tensors | {embedding: tensors[embedding].astype(np.int32)})
 
 
+def test_groups_out_of_order_are_refused(tmp_path):
+    """`desc_act` may be said to be false, but the checkpoint's `g_idx` decides."""
+    quantised, _ = write_pair(tmp_path, "gptq")
+    tensors = dict(open_folder(quantised))
+    name = "model.layers.1.mlp.down_proj.g_idx"
+    tensors[name] = tensors[name][::-1].copy()
+    save_file({k: np.array(v) for k, v in tensors.items()}, quantised / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name}: its groups are not 128 inputs that follow each other"):
+        load_params(quantised, config_of(quantised), mesh_of(1), "float32", progress=False)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_dummy_weights_are_about_normal(method):
     """One projection of a model, on one device and on two."""
@@ -218,7 +260,7 @@ def test_dummy_weights_are_about_normal(method):
         made.append({p.rpartition(".")[2]: np.asarray(x) for p, x in zip(chosen, arrays, strict=True)})
     for name in made[0]:
         np.testing.assert_array_equal(made[0][name], made[1][name])
-    weight = np.asarray(dequantize(method, {name: jnp.asarray(x) for name, x in made[0].items()}, "float32"))
+    weight = numbers_of({name: jnp.asarray(x) for name, x in made[0].items()}, 1)
     assert 0.018 < weight.std() < 0.022 and abs(weight.mean()) < 0.003
 
 

@@ -17,7 +17,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 OPTIONS = {"kv_cache_memory_bytes": "16MiB", "max_num_seqs": 4, "max_num_batched_tokens": 64, "dtype": "float32"}
 
 
-@pytest.fixture(scope="module", params=["fp8", "awq"])
+@pytest.fixture(scope="module", params=["fp8", "awq", "gptq"])
 def folders(request, tmp_path_factory):
     pair = write_pair(tmp_path_factory.mktemp(request.param), request.param, vocab_size=640)
     for folder in pair:
@@ -50,13 +50,13 @@ def test_dummy_weights_answer(folders):
 
 def test_the_option_must_match(folders):
     quantised, plain = folders
-    other = {"fp8": "awq", "awq": "fp8"}[quantised.name]
+    other = {"fp8": "awq", "awq": "gptq", "gptq": "fp8"}[quantised.name]
     with pytest.raises(ValueError, match=f"quantization='{other}', but the checkpoint is quantised by"):
         LLM(str(quantised), quantization=other, **OPTIONS)
     with pytest.raises(ValueError, match="the checkpoint is not quantised"):
         LLM(str(plain), quantization=other, **OPTIONS)
-    with pytest.raises(ValueError, match="quantization must be one of awq, fp8"):
-        EngineConfig(model=str(plain), quantization="gptq")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="quantization must be one of awq, fp8, gptq"):
+        EngineConfig(model=str(plain), quantization="hqq")  # type: ignore[arg-type]
 
 
 def test_training_is_refused(folders, tmp_path):
@@ -72,7 +72,7 @@ def test_info_says_it(folders, capsys):
     assert f"quantised: {quantised.name}" in printed
 
 
-@pytest.mark.parametrize(("method", "gib"), [("fp8", 8.79), ("awq", 5.78)])
+@pytest.mark.parametrize(("method", "gib"), [("fp8", 8.79), ("awq", 5.75), ("gptq", 5.75)])
 def test_plan_of_the_8b(method, gib):
     """Qwen3-8B: 6.95e9 weights in projections, 1.24e9 in bfloat16 embeddings and output."""
     sizes = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "vocab_size": 151936}
@@ -80,6 +80,7 @@ def test_plan_of_the_8b(method, gib):
     quantization = {
         "fp8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
         "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True},
+        "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False},
     }
     hf_config = {"architectures": ["Qwen3ForCausalLM"], "quantization_config": quantization[method]} | sizes | heads
     model = ModelConfig.from_hf(hf_config)
