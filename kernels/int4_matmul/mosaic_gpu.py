@@ -79,7 +79,7 @@ def _microseconds(cut: Plan, M: int, tiles: int, groups: int, out_bytes: int) ->
     from_memory = _stage_bytes(0, num_warpgroups) / (3.0e6 / NUM_SMS)  # of a group, at an SM's share of 3.0 TB/s
     from_cache = _stage_bytes(rows, num_warpgroups) / (5.5e6 / NUM_SMS)
     multiply = num_warpgroups * 2 * CELL_OUTPUTS * GROUP * max(rows, 32) / (600e6 / NUM_SMS)
-    alone = 0.4 / unroll  # of one warpgroup, which waits for each of its steps
+    alone = 0.5 / unroll  # of one warpgroup, which waits for each of its steps
     outputs = tiles * num_warpgroups * CELL_OUTPUTS * rows
     results = outputs * (2 * 4 * num_parts if num_parts > 1 else out_bytes) / 2e6  # written and read, from the cache
     return steps * max(from_memory, from_cache, multiply, alone) + turns * 0.5 + results
