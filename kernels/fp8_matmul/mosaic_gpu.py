@@ -40,6 +40,7 @@ class Plan(NamedTuple):
     num_parts: int  # of the sum over D
     num_stages: int
     is_rounded: bool  # x is FP8 before the kernel
+    is_paired: bool = False  # two blocks with neighbouring tiles of columns fetch half of x each, for both
 
 
 def num_buffers(block_rows: int) -> int:
@@ -147,7 +148,7 @@ def quantize_rows_mosaic(x: jax.Array, group: int, *, interpret: bool) -> tuple[
 def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax.Array:
     """[num_parts, rows of x, N]."""
     (num_rows, D), N = x.shape, w.shape[0]
-    block_rows, tile_n, num_parts, num_stages, is_rounded = cut
+    block_rows, tile_n, num_parts, num_stages, is_rounded, is_paired = cut
     block_n, block_d = N // scale.shape[0], D // scale.shape[1]
     out_dtype = dtype if num_parts == 1 else jnp.dtype(jnp.float32)
     box_rows = min(num_rows, block_rows)
@@ -157,8 +158,9 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
     leaving = min(piece_n, LEAVING_BYTES // out_dtype.itemsize)
     buffers = num_buffers(block_rows)
     row_blocks = num_rows // box_rows
-    num_units = row_blocks * (N // tile_n) * num_parts
-    num_blocks = min(NUM_SMS, num_units)
+    in_cluster = 2 if is_paired else 1
+    num_units = row_blocks * (N // tile_n // in_cluster) * num_parts  # for a cluster of blocks
+    num_blocks = min(NUM_SMS // in_cluster, num_units)
     steps = D // block_d
     num_threads = 3 if is_rounded else 4
 
@@ -167,6 +169,7 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
         row_scale_ref = refs.pop(0) if is_rounded else None
         out_ref, x_smem, w_smem, row_scale_smem, out_smem, full, empty, *came = refs
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
+        pair = lax.axis_index("pair") if is_paired else 0
 
         def for_each_unit(handle):
             """Calls `handle(steps so far, part, first row, first column, first step, number of steps)`; all steps."""
@@ -179,7 +182,8 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
                     first = lax.div(part * steps, jnp.int32(num_parts))
                     count = lax.div((part + 1) * steps, jnp.int32(num_parts)) - first
                 row = pl.multiple_of(lax.rem(unit, jnp.int32(row_blocks)) * box_rows, box_rows)
-                column = pl.multiple_of(lax.div(unit, jnp.int32(row_blocks)) * tile_n, tile_n)
+                column = lax.div(unit, jnp.int32(row_blocks)) * in_cluster + pair
+                column = pl.multiple_of(column * tile_n, tile_n)
                 handle(done, part, row, column, first, count)
                 return done + count
 
@@ -256,7 +260,9 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
                     plgpu.copy_gmem_to_smem(w_ref.at[pl.ds(column, tile_n), deep], w_smem.at[slot], full.at[slot])
                     rows, box = pl.ds(row, box_rows), pl.ds(0, box_rows)
                     if is_rounded:
-                        plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], x_smem.at[slot, box], full.at[slot])
+                        shared = "pair" if is_paired else None
+                        tile = x_smem.at[slot, box]
+                        plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], tile, full.at[slot], collective_axes=shared)
                         scales = row_scale_ref.at[first + i, rows]
                         plgpu.copy_gmem_to_smem(scales, row_scale_smem.at[slot, box], full.at[slot])
                     else:
@@ -287,6 +293,8 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
 
                 for_each_unit(handle)
 
+    # A slot of a pair is free where both blocks have read it.
+    emptied = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if is_paired else plgpu.Barrier
     arrivals = 3 if is_rounded else 2  # x, w and scales; w and the warpgroup that rounds
     came: list[Any] = [
         plgpu.SMEM((num_stages, block_rows, block_d), dtype, transforms=tiled(block_d, 2)),
@@ -301,11 +309,13 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
             plgpu.SMEM((num_stages, block_rows), jnp.float32),
             plgpu.SMEM((2, buffers, PIECE, leaving), out_dtype, transforms=tiled(leaving, out_dtype.itemsize)),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=num_stages),
-            plgpu.Barrier(num_arrivals=2, num_barriers=num_stages),
+            emptied(num_arrivals=2, num_barriers=num_stages),
             *([] if is_rounded else came),
         ],
         grid=(num_blocks,),
         grid_names=("block",),
+        cluster=(2,) if is_paired else (),
+        cluster_names=("pair",) if is_paired else (),
         num_threads=num_threads,
         thread_name="warpgroup",
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,

@@ -16,6 +16,7 @@ CASES = [
     (3, 512, 128, (128, 128), Plan(64, 64, 3, 2, False), 2),
     (70, 320, 128, (64, 64), Plan(128, 128, 1, 2, True), 132),
     (300, 256, 128, (128, 128), Plan(256, 128, 1, 2, True), 1),
+    (70, 384, 128, (128, 128), Plan(128, 64, 1, 2, True, is_paired=True), 2),
 ]
 
 
@@ -106,7 +107,7 @@ def test_every_cut_fits_shared_memory(M: int, D: int, N: int):
     cut = plan(M, D, N, block_n, block_d)
     x_bytes = block_d if cut.is_rounded else 3 * block_d
     stage = cut.block_rows * (x_bytes + 4) + cut.tile_n * block_d
-    assert N % cut.tile_n == 0 and 1 <= cut.num_parts <= D // block_d
+    assert N // cut.tile_n % (2 if cut.is_paired else 1) == 0 == N % cut.tile_n and 1 <= cut.num_parts <= D // block_d
     assert cut.num_stages >= 2
     assert cut.num_stages * stage + 2 * num_buffers(cut.block_rows) * 64 * 128 <= SMEM_BYTES
 
