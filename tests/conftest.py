@@ -1,6 +1,12 @@
 """What every test shares: eight CPU devices to split models over, and a tiny checkpoint."""
 
+import importlib.util
 import os
+
+# The extra `aot` brings jax's CUDA plugin without CUDA's libraries: it compiles, and runs nothing.
+has_cuda = importlib.util.find_spec("nvidia") and importlib.util.find_spec("nvidia.cudnn")
+if importlib.util.find_spec("jax_cuda13_plugin") and not has_cuda:
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 # Read when jax first makes its devices. Meshes of one device use the first; nothing else changes.
 _DEVICES = "--xla_force_host_platform_device_count=8"

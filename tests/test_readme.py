@@ -35,7 +35,7 @@ def test_options_are_up_to_date() -> None:
 
 def test_commands() -> None:
     assert command("start-command").endswith("install pip . && .venv/bin/qjax serve")
-    assert command("test-command").endswith("install pip -e '.[test]' && .venv/bin/python -m pytest")
+    assert command("test-command").endswith("install pip -e '.[test,aot]' && .venv/bin/python -m pytest")
     for line in (command("start-command"), command("test-command")):
         assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0
 
@@ -52,8 +52,8 @@ def test_ci_runs_the_test_command() -> None:
 
 def test_extras_exist() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    named = set(re.findall(r"'\.\[(\w+)\]'", TEXT))
-    assert named == {"test", "cuda12", "cuda13", "modelscope"}
+    named = {name for names in re.findall(r"'\.\[([\w,]+)\]'", TEXT) for name in names.split(",")}
+    assert named == {"test", "aot", "cuda12", "cuda13", "modelscope"}
     assert named <= set(project["optional-dependencies"])
     assert project["version"] == qjax.__version__
 
@@ -91,7 +91,15 @@ def test_endpoints_are_those_of_the_server() -> None:
 
 @pytest.mark.parametrize(
     "document",
-    ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/LOG.md", "docs/api.md", "docs/migration.md"],
+    [
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/architecture.md",
+        "docs/LOG.md",
+        "docs/api.md",
+        "docs/migration.md",
+        "docs/performance.md",
+    ],
 )
 def test_links_and_paths_exist(document: str) -> None:
     path = ROOT / document
