@@ -22,11 +22,13 @@ ORDER = (0, 6, 1, 7, 9, 4, 2, 5, 3, 8)  # of [groups, *SPLIT_INPUTS, cells, *SPL
 def pack_weights(q: np.ndarray) -> np.ndarray:
     """uint8 [D, N] in 0..15 → int32 [D / 128, N / 64, 1024]."""
     groups, cells = q.shape[0] // GROUP, q.shape[1] // CELL_OUTPUTS
-    nibbles = q.reshape(groups, *SPLIT_INPUTS, cells, *SPLIT_OUTPUTS).transpose(ORDER)
-    nibbles = np.ascontiguousarray(nibbles).reshape(groups, cells, CELL_WORDS, 8)
-    packed = nibbles[..., 1::2] << 4
-    packed |= nibbles[..., 0::2]
-    return packed.view("<i4")[..., 0]
+    eights = np.ascontiguousarray(q).view(np.uint64).reshape(groups, *SPLIT_INPUTS, cells * 4, 2)
+    pairs = (eights[..., 1] << np.uint64(4) | eights[..., 0]).view(np.uint8)  # of outputs 8 apart, a byte each
+    words = np.zeros((groups, 2, 4, 4, cells * 4 * 8), np.uint32)
+    for byte, (neighbour, further) in enumerate(np.ndindex(2, 2)):
+        words |= pairs[:, :, :, further, :, neighbour].astype(np.uint32) << np.uint32(8 * byte)
+    words = words.reshape(groups, 2, 4, 4, cells, 4, 8)
+    return np.ascontiguousarray(words.transpose(0, 4, 1, 5, 6, 3, 2)).view(np.int32).reshape(groups, cells, CELL_WORDS)
 
 
 def pack_scales(scales: np.ndarray, zeros: np.ndarray) -> np.ndarray:

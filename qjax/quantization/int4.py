@@ -3,6 +3,8 @@
 Both formats say (q - zero) * scale, with a scale and a zero point for each output of 128 inputs.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from qjax.kernels.int4_matmul import CELL_OUTPUTS, CELL_WORDS, GROUP, pack_scales, pack_weights
@@ -36,11 +38,13 @@ def is_in_order(g_idx: np.ndarray) -> bool:
     return np.array_equal(g_idx, np.arange(g_idx.size) // GROUP)
 
 
-def _unpack_columns(words: np.ndarray, order) -> np.ndarray:
+def _unpack_columns(words: np.ndarray, order: Sequence[int]) -> np.ndarray:
     """int32 [R, n] → uint8 [R, 8 n] in 0..15."""
+    pairs = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape, 4)
     out = np.empty((*words.shape, 8), np.uint8)
-    for i, column in enumerate(order):
-        np.bitwise_and(words >> (4 * i), 15, out=out[:, :, column], casting="unsafe")
+    for i in range(4):
+        np.bitwise_and(pairs[..., i], 15, out=out[..., order[2 * i]])
+        np.right_shift(pairs[..., i], 4, out=out[..., order[2 * i + 1]])
     return out.reshape(words.shape[0], -1)
 
 
