@@ -26,6 +26,8 @@ def card(folder: Path, scores: dict[str, Any], statistics: dict[str, Any]) -> st
     ]
     values = {
         "accuracy": "\n".join(rows),
+        "device": scores["device"],
+        "dtype": scores["dtype"],
         "items": str(next(iter(scores["rows"].values()))["items"]),
         "think_blocks": f"{scores['think_blocks_well_formed']:.2%}",
         "thinks_as_asked": f"{scores['thinks_as_asked']:.2%}",

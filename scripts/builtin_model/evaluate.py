@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from qjax import LLM, SamplingParams
 from scripts.builtin_model import mixture, scoring
 from scripts.builtin_model.dialogue import Dialogue, Mode
@@ -69,6 +71,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy and share of well-formed think blocks per row, and how fast it went; `out` is written after each row."""
     llm = LLM(str(folder), **options)
+    where = {"device": jax.devices()[0].device_kind, "dtype": str(llm.engine.plan.dtype)}
     tokenizer = llm.get_tokenizer()
     greedy = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS)
     start, num_tokens, table = time.perf_counter(), 0, {}
@@ -89,7 +92,7 @@ def evaluate(
         wrong = [(d, a) for d, a, s in zip(dialogues, answers, scores, strict=True) if not s.is_right]
         for d, a in wrong[:show]:
             print(f"  [{d.skill}] {d.messages[-2]['content']!r}\n    wrote {a.text!r}\n    wants {d.expected.value!r}")
-        result = _summary(table, time.perf_counter() - start, num_tokens)
+        result = where | _summary(table, time.perf_counter() - start, num_tokens)
         if out:
             out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
