@@ -1,6 +1,7 @@
 """Plain jnp of what several kernels compute along the way."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,14 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return x32.astype(x.dtype) * weight
 
 
+def sum_parts(parts: jax.Array, dtype: Any) -> jax.Array:
+    """The sum of parts [P, ...], rounded once."""
+    return functools.reduce(lambda a, b: a + b, list(parts)).astype(dtype)
+
+
 def add_parts(x: jax.Array, parts: jax.Array) -> jax.Array:
     """x + the sum of parts [P, ...], which is rounded to x's dtype first."""
-    return x + functools.reduce(lambda a, b: a + b, list(parts)).astype(x.dtype)
+    return x + sum_parts(parts, x.dtype)
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

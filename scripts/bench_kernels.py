@@ -89,7 +89,7 @@ def norm_rope_write(model: ModelConfig, implementation: str | None) -> Iterator[
         def run(kv, qkv, norm, cos, sin, slots, count=count):
             outs = []
             for layer in range(count):
-                args = (kv, qkv[layer], (norm, norm), cos, sin, slots)
+                args = (kv, qkv[layer][None], (norm, norm), cos, sin, slots)
                 q, kv = norm_rope_write(*args, eps=1e-6, layer=layer, implementation=implementation)
                 outs.append(q)
             return kv, outs

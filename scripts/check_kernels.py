@@ -133,7 +133,7 @@ def check_norm_rope_write(num_tokens: int, N: int, K: int, S: int, implementatio
     angle = jax.random.uniform(keys[4], (num_tokens, H // 2), maxval=6)
     slots = jax.random.permutation(keys[5], num_pages * S)[:num_tokens].astype(jnp.int32)
     slots = slots.at[num_tokens // 2].set(-1) if num_tokens > 1 else slots
-    args = (kv, qkv, norms, jnp.cos(angle), jnp.sin(angle), slots)
+    args = (kv, qkv[None], norms, jnp.cos(angle), jnp.sin(angle), slots)
 
     def run(name: str) -> list[np.ndarray]:
         return [
@@ -240,7 +240,10 @@ def time_norm_rope_write(implementation: str):
             def step(kv, qkv, cos, sin, slots, name=name):
                 norms = (qkv[0, 0, 0], qkv[0, 0, 1])
                 for layer in range(L):
-                    q, kv = norm_rope_write(kv, qkv, norms, cos, sin, slots, eps=1e-6, layer=layer, implementation=name)
+                    rope = (cos, sin)
+                    q, kv = norm_rope_write(
+                        kv, qkv[None], norms, *rope, slots, eps=1e-6, layer=layer, implementation=name
+                    )
                     qkv = qkv.at[:, :, :G].set(q)  # each layer waits for the one before
                 return kv
 

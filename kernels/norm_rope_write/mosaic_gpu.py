@@ -9,47 +9,46 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.kernels.elementwise import norm_and_rotate
+from qjax.kernels.elementwise import norm_and_rotate, sum_parts
 
 HALF = 64
-# [heads, rows of a head, 64]: a warp holds whole rows, so that the pairs that are rotated lie in one thread and a row is
-# summed by one warp.
+# [heads, rows of a head, 64]: a warp holds whole rows, so that the pairs that are rotated lie in one thread and a row
+# is summed by one warp.
 ROWS = plgpu.Layout.TILED(Tiling(((4, 1, HALF), (2,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 COLUMNS = ROWS.reduce((0, 1))
 
 
-def norm_rope_write_mosaic(kv, qkv, norms, cos, sin, slots, *, eps: float, layer: jax.Array | int, interpret: bool):
-    K, H = qkv.shape[1], qkv.shape[3]
-    if 2 * HALF == H and K % 4 == 0 and qkv.dtype == kv.dtype and qkv.dtype in (jnp.bfloat16, jnp.float16):
-        return _norm_rope_write(kv, qkv, norms, cos, sin, slots, eps=eps, layer=layer, interpret=interpret)
-    q, k, v = norm_and_rotate(qkv, norms, eps, cos, sin)
+def norm_rope_write_mosaic(kv, parts, norms, cos, sin, slots, *, eps: float, layer: jax.Array | int, interpret: bool):
+    K, H = kv.shape[3], kv.shape[5]
+    if 2 * HALF == H and K % 4 == 0 and kv.dtype in (jnp.bfloat16, jnp.float16):
+        return _norm_rope_write(kv, parts, norms, cos, sin, slots, eps=eps, layer=layer, interpret=interpret)
+    q, k, v = norm_and_rotate(sum_parts(parts, kv.dtype), norms, eps, cos, sin)
     return q, _write(kv, k, v, slots, layer=layer, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("eps", "interpret"))  # one trace and one kernel for all layers
-def _norm_rope_write(kv, qkv, norms, cos, sin, slots, *, eps: float, layer: jax.Array | int, interpret: bool):
+def _norm_rope_write(kv, parts, norms, cos, sin, slots, *, eps: float, layer: jax.Array | int, interpret: bool):
     P, K, S, H = kv.shape[2:]
-    T, G, dtype = qkv.shape[0], qkv.shape[2] - 2, qkv.dtype
+    num_parts, T, G, dtype = parts.shape[0], parts.shape[1], parts.shape[3] - 2, kv.dtype
     weights = [] if norms is None else [w.reshape(2, HALF) for w in norms]
 
-    def norm_rope_write_kernel(layer_ref, qkv_ref, v_ref, cos_ref, sin_ref, slots_ref, *refs):
-        weight_refs, (kv_ref, q_ref, *smem, barrier) = refs[: len(weights)], refs[len(weights) :]
+    def norm_rope_write_kernel(layer_ref, parts_ref, cos_ref, sin_ref, slots_ref, *refs):
+        weight_refs, (kv_ref, q_ref, *smem) = refs[: len(weights)], refs[len(weights) :]
         q_smem, k_smem, v_smem = smem[:2], smem[2:4], smem[4:]
         token = lax.axis_index("token")
-        for half in (0, 1):
-            plgpu.copy_gmem_to_smem(v_ref.at[token, :, G + 1, half], v_smem[half], barrier)
         slot = slots_ref[token]
-        # Straight into registers, half a row at a time: a slice of columns of a buffer in shared memory is read with the
-        # wrong swizzle (jax 0.11.2). "optimized" is about shared memory, too.
+        # Straight into registers, half a row at a time: a slice of columns of a buffer in shared memory is read with
+        # the wrong swizzle (jax 0.11.2). "optimized" is about shared memory, too.
         load = functools.partial(plgpu.load, optimized=False)
         cos, sin = (load(ref.at[token], layout=COLUMNS) for ref in (cos_ref, sin_ref))
 
-        def norm_and_rotate_rows(rows: int, weight_ref, targets) -> None:
-            """Of each head `rows` of queries (the first ones) or its key."""
-            first = 0 if rows == G else G
-            low, high = (
-                load(qkv_ref.at[token, :, pl.ds(first, rows), half], layout=ROWS).astype(jnp.float32) for half in (0, 1)
-            )
+        def rows_of_heads(first: int, count: int) -> list[jax.Array]:
+            """Both halves of each head's rows, as the projection gives them in the model's dtype."""
+            piece = lambda part, half: load(parts_ref.at[part, token, :, pl.ds(first, count), half], layout=ROWS)
+            return [sum((piece(part, half) for part in range(1, num_parts)), piece(0, half)) for half in (0, 1)]
+
+        def norm_and_rotate_rows(first: int, count: int, weight_ref, targets) -> None:
+            low, high = (half.astype(dtype).astype(jnp.float32) for half in rows_of_heads(first, count))
             across = lambda columns: lax.broadcast_in_dim(columns, low.shape, [2])
             if weight_ref is not None:
                 mean = (jnp.sum(low * low, axis=2) + jnp.sum(high * high, axis=2)) / H
@@ -61,12 +60,13 @@ def _norm_rope_write(kv, qkv, norms, cos, sin, slots, *, eps: float, layer: jax.
             targets[1][...] = (high * across(cos) + low * across(sin)).astype(dtype)
 
         q_weight, k_weight = weight_refs or (None, None)
-        norm_and_rotate_rows(G, q_weight, q_smem)
-        norm_and_rotate_rows(1, k_weight, k_smem)
+        norm_and_rotate_rows(0, G, q_weight, q_smem)
+        norm_and_rotate_rows(G, 1, k_weight, k_smem)
+        for target, half in zip(v_smem, rows_of_heads(G + 1, 1), strict=True):
+            target[...] = half.astype(dtype)
         plgpu.commit_smem()
         for half in (0, 1):
             plgpu.copy_smem_to_gmem(q_smem[half], q_ref.at[token, :, :, half])
-        plgpu.barrier_wait(barrier)
 
         @pl.when(slot >= 0)
         def _():
@@ -74,22 +74,21 @@ def _norm_rope_write(kv, qkv, norms, cos, sin, slots, *, eps: float, layer: jax.
             k_page = 2 * layer_ref[0] * P + page
             for half in (0, 1):
                 plgpu.copy_smem_to_gmem(k_smem[half], kv_ref.at[k_page, :, pl.ds(offset, 1), half])
-                plgpu.copy_smem_to_gmem(v_smem[half], kv_ref.at[k_page + P, :, offset, half])
+                plgpu.copy_smem_to_gmem(v_smem[half], kv_ref.at[k_page + P, :, pl.ds(offset, 1), half])
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kv_ref = jax.new_ref(kv.reshape(-1, K, S, 2, HALF))
-    half_q, half_k, half_v = (plgpu.SMEM(shape, dtype) for shape in ((K, G, HALF), (K, 1, HALF), (K, HALF)))
-    qkv = qkv.reshape(T, K, G + 2, 2, HALF)
+    half_q, half_k = (plgpu.SMEM((K, rows, HALF), dtype) for rows in (G, 1))
     q = plgpu.kernel(
         norm_rope_write_kernel,
         out_type=jax.ShapeDtypeStruct((T, K, G, 2, HALF), dtype),
-        scratch_types=[half_q, half_q, half_k, half_k, half_v, half_v, plgpu.Barrier(num_arrivals=2)],
+        scratch_types=[half_q, half_q, *[half_k] * 4],
         grid=(T,),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(_one(layer), qkv, qkv, cos, sin, slots, *weights, kv_ref)
+    )(_one(layer), parts.reshape(*parts.shape[:4], 2, HALF), cos, sin, slots, *weights, kv_ref)
     return q.reshape(T, K, G, H), jax.freeze(kv_ref).reshape(kv.shape)
 
 
@@ -134,4 +133,3 @@ def _write(
 
 def _one(layer) -> jax.Array:
     return jnp.full((1,), layer, jnp.int32)
-

@@ -14,7 +14,7 @@ def paged_decode(
     page_table: jax.Array,
     context_lens: jax.Array,
     *,
-    layer: int,
+    layer: jax.Array | int,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -45,7 +45,7 @@ def paged_prefill(
     context_lens: jax.Array,
     query_starts: jax.Array,
     *,
-    layer: int,
+    layer: jax.Array | int,
     scale: float | None = None,
     implementation: str | None = None,
 ) -> jax.Array:

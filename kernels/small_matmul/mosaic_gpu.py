@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
 MAX_ROWS = 256
-SMALL_WEIGHT_BYTES = 8 * 2**20  # such as 0.6B's o_proj and down_proj
+SMALL_WEIGHT_BYTES = 16 * 2**20  # such as all of 0.6B's
 TILE_D = 64  # what one 128-byte swizzle holds
 SMEM_BYTES = 227 * 1024 - 2048  # a block's most, less the barriers
 EPILOGUE = (64, 64)  # the piece of a result that leaves through shared memory at once

@@ -30,7 +30,7 @@ class Buckets:
         self, *, is_gpu: bool, max_num_seqs: int, max_num_batched_tokens: int, max_num_prefills: int, max_pages: int
     ):
         if is_gpu:
-            self.decodes = _upto([1, 2, 4, 8, 16, 32, 64, 128, 192], 256, max_num_seqs)
+            self.decodes = _upto([8, 16, 32, 64, 128, 192], 256, max_num_seqs)
             self.mixed_decodes = _upto([0, 16, 64, 128], 256, max_num_seqs)
             self.tokens = _upto([16, 64, 128, 256, 512, 1024, 2048, 4096], 8192, max_num_batched_tokens)
             self.prefills = [max_num_prefills]

@@ -54,7 +54,7 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     hf_config = apply_overrides(_read_json(folder / "config.json"), config.hf_overrides, config.rope_scaling)
     pooling = find_pooling(config, folder, hf_config)
     model_config = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
-    model_config.check_quantization(config.quantization)
+    model_config = model_config.with_quantization(config.quantization)
     tokenizer_folder = folder
     if config.tokenizer is not None:
         tokenizer_folder = hub.resolve(config.tokenizer, need_config=False, need_weights=False, **where)

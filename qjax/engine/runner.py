@@ -4,10 +4,6 @@ It owns everything that lies on the devices: weights, KV cache, per-request stat
 but `collect`, and the engine dispatches the next step before it calls that.
 """
 
-import logging
-import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,10 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from qjax import sharding
+from qjax.engine.addresses import StepInputs, make_holes
 from qjax.engine.buckets import Bucket, Buckets
+from qjax.engine.compiling import CompiledSteps
 from qjax.engine.logit_edits import edits_of, has_edits
 from qjax.engine.memory import Plan
 from qjax.engine.request import Request
@@ -28,8 +25,6 @@ from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import ModelDef
 from qjax.sampling_params import SamplingParams
-
-log = logging.getLogger("qjax")
 
 EDIT_SIZES = (16, 128, 1024, 8192)  # M: how many logit edits a row has room for
 SAMPLING_FIELDS = ("temperature", "top_p", "min_p", "top_k", "seeds")
@@ -82,14 +77,6 @@ class _Slot:
 
 
 @dataclass
-class CompileStats:
-    count: int = 0
-    seconds: float = 0.0
-    is_running: bool = False
-    ended: float = 0.0  # when the last did, in time.monotonic's seconds
-
-
-@dataclass
 class Runner:
     """Built by the engine once the weights are loaded."""
 
@@ -100,7 +87,6 @@ class Runner:
     plan: Plan
     pooling: bool = False
     kv: jax.Array = field(init=False)
-    compiles: CompileStats = field(default_factory=CompileStats)
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -112,6 +98,9 @@ class Runner:
             max_pages=plan.pages_per_sequence,
         )
         self.replicated = sharding.replicated(self.mesh)
+        self.compiles = CompiledSteps(lambda *key: self._lower(*key))
+        self.inputs = StepInputs(self.replicated)
+        self.walls = make_holes(self.replicated) if plan.is_gpu else []
         self.make_cache()
         num_slots = plan.max_num_seqs
         self.params = {
@@ -124,7 +113,6 @@ class Runner:
             "presence": np.zeros(num_slots + 1, np.float32),
             "frequency": np.zeros(num_slots + 1, np.float32),
         }
-        self._compiled: dict[tuple[Bucket, StepOptions], Callable] = {}
 
     def make_cache(self) -> None:
         """An empty KV cache, and tables that know of no request."""
@@ -159,10 +147,10 @@ class Runner:
         self._fill_table(fields, batch, layout)
         self._fill_sampling(fields, batch, rows, options)
 
-        run = self.compiled(bucket, options)
+        run = self.compiles.get(bucket, options)
         counts = self.counts if options.penalties else None
-        packed_on_device = jax.device_put(packed, self.replicated)
-        self.kv, self.state, counts, out, prompt_out = run(self.leaves, self.kv, self.state, counts, packed_on_device)
+        inputs = self.inputs.put(packed)
+        self.kv, self.state, counts, out, prompt_out = run(self.leaves, self.kv, self.state, counts, inputs)
         if options.penalties:
             self.counts = counts
         out.copy_to_host_async()
@@ -328,32 +316,10 @@ class Runner:
 
     # Compiling
 
-    def compiled(self, bucket: Bucket, options: StepOptions) -> Callable:
-        key = (bucket, options)
-        if key not in self._compiled:
-            started = time.perf_counter()
-            self.compiles.is_running = True
-            self._compiled[key] = self._lower(bucket, options).compile()
-            self.compiles.is_running, self.compiles.ended = False, time.monotonic()
-            self.compiles.count += 1
-            self.compiles.seconds += time.perf_counter() - started
-            log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)
-        return self._compiled[key]
-
     def compile_ahead(self, options: list[StepOptions], *, progress: bool) -> None:
-        """Compiles the buckets that the first requests need, several at a time. Tracing holds Python's lock; the
-        compiler does not."""
-        ahead = self.buckets.ahead()
-        keys = [(b, option) for option in options for b in ahead if not (option.pooling and b.num_decodes)]
-        started = time.perf_counter()
-        bar = tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress)
-        with ThreadPoolExecutor(max_workers=16) as pool, bar:
-            futures = {key: pool.submit(self._lower(*key).compile) for key in keys}
-            for key, future in futures.items():
-                self._compiled[key] = future.result()
-                bar.update()
-        self.compiles.count += len(keys)
-        self.compiles.seconds += time.perf_counter() - started
+        """Compiles the buckets that the first requests need."""
+        keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
+        self.compiles.ahead([(b, o) for b, o in keys if not (o.pooling and b.num_decodes)], progress=progress)
 
     def _lower(self, bucket: Bucket, options: StepOptions):
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)

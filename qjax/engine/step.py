@@ -98,6 +98,7 @@ class Layout:
         for name, (shape, dtype) in fields.items():
             self.fields[name] = (self.size, shape, dtype)
             self.size += math.prod(shape)
+        self.size = max(1 << (self.size - 1).bit_length(), 1024)  # few sizes: each has a place on the device
 
     def views(self, packed: np.ndarray) -> dict[str, np.ndarray]:
         """Writable views of the fields of a host array, int32 [size]."""

@@ -51,17 +51,18 @@ class Batch:
 
     def attend(
         self,
-        qkv: jax.Array,
+        parts: jax.Array,
         norms: tuple[jax.Array, jax.Array] | None,
         eps: float,
         rope: tuple[jax.Array, jax.Array],
         cache: jax.Array,
-        layer: int,
+        layer: jax.Array | int,
     ) -> tuple[jax.Array, jax.Array]:
         """Writes the step's keys and values into the cache, then attends to each token's sequence up to itself.
 
         Args:
-          qkv: [T, K, G + 2, H]: of each KV head its queries, its key, its value, split on K.
+          parts: [N, T, K, G + 2, H] that add up to the projection, of each KV head its queries, its key, its value;
+            split on K.
           norms: weights [H] of the queries' and the keys' RMSNorm, `eps` its epsilon; None: the model has none.
           rope: cos and sin, float32 [T, H / 2].
           cache: [L, 2, P, K, S, H].
@@ -71,8 +72,8 @@ class Batch:
         """
         heads = ("tokens", "kv_heads", "heads_of_kv", "head_dim")
 
-        def on_shard(qkv, norms, rope, cache, slots, decode, prefill):  # K: the device's own KV heads
-            q, cache = norm_rope_write(cache, qkv, norms, *rope, slots, eps=eps, layer=layer)
+        def on_shard(parts, norms, rope, cache, slots, decode, prefill):  # K: the device's own KV heads
+            q, cache = norm_rope_write(cache, parts, norms, *rope, slots, eps=eps, layer=layer)
             T, K, G, H = q.shape
             q = q.reshape(T, K * G, H)
             num_decode = 0 if decode is None else decode.context_lens.shape[0]
@@ -88,7 +89,7 @@ class Batch:
 
         on_shards = sharding.per_shard(
             on_shard,
-            in_axes=(heads, None, None, sharding.KV_CACHE_AXES, None, None, None),
+            in_axes=(("parts", *heads), None, None, sharding.KV_CACHE_AXES, None, None, None),
             out_axes=(heads, sharding.KV_CACHE_AXES),
         )
-        return on_shards(qkv, norms, rope, cache, self.slots, self.decode, self.prefill)
+        return on_shards(parts, norms, rope, cache, self.slots, self.decode, self.prefill)

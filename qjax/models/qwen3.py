@@ -5,6 +5,7 @@ matter (`attend`): the paged batch of the engine or a dense one. Fused weights l
 them on one axis without moving a row (`K` KV heads, each with its `G` query heads, or `F`).
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
+from qjax.kernels.elementwise import sum_parts
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Linear, RMSNorm, matmul
 from qjax.models.quantized import projection
@@ -34,8 +36,8 @@ class AttendingBatch(Protocol):
     implementation: ClassVar[str | None]  # of kernels outside attention; "reference" has gradients
 
     def attend(
-        self, qkv: jax.Array, norms: QKNorms | None, eps: float, rope: Rope, cache: Any, layer: int
-    ) -> tuple[jax.Array, Any]: ...  # qkv [T, K, G + 2, H] → [T, K, G, H], cache
+        self, parts: jax.Array, norms: QKNorms | None, eps: float, rope: Rope, cache: Any, layer: jax.Array | int
+    ) -> tuple[jax.Array, Any]: ...  # parts [N, T, K, G + 2, H] → [T, K, G, H], cache
 
 
 class Qwen3ForCausalLM(nnx.Module):
@@ -86,7 +88,7 @@ class Qwen3ForCausalLM(nnx.Module):
         rope = rope_angles(batch.positions, self.config)
         for index, layer in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
-                x, parts, cache = layer(x, parts, rope, batch, cache, index)
+                x, parts, cache = _run_layer(*nnx.split(layer), x, parts, rope, batch, cache, jnp.int32(index))
         return self.norm.after(x, parts, batch.implementation)[1], cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -96,6 +98,12 @@ class Qwen3ForCausalLM(nnx.Module):
         else:
             logits = matmul(hidden, self.lm_head.kernel[...], out_dtype=jnp.float32)
         return jax.sharding.reshard(logits, sharding.spec_like(hidden, None))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_layer(graphdef, state, *args):
+    """Traced and lowered once for all layers, which is most of what a step's start-up costs in Python."""
+    return nnx.merge(graphdef, state)(*args)
 
 
 class DecoderLayer(nnx.Module):
@@ -111,7 +119,13 @@ class DecoderLayer(nnx.Module):
         self.mlp = FeedForward(config, f"{name}.mlp", dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, parts: jax.Array | None, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
+        self,
+        x: jax.Array,
+        parts: jax.Array | None,
+        rope: Rope,
+        batch: AttendingBatch,
+        cache: Any,
+        layer: jax.Array | int,
     ) -> tuple[jax.Array, jax.Array, Any]:
         """The residual stream and what it has yet to take up: an addition and the norm behind it are one kernel."""
         x, normed = self.input_layernorm.after(x, parts, batch.implementation)
@@ -149,12 +163,13 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, "head_dim", config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
 
     def __call__(
-        self, x: jax.Array, rope: Rope, batch: AttendingBatch, cache: Any, layer: int
+        self, x: jax.Array, rope: Rope, batch: AttendingBatch, cache: Any, layer: jax.Array | int
     ) -> tuple[jax.Array, Any]:
         norms, eps = None, 0.0
         if self.q_norm is not None and self.k_norm is not None:
             norms, eps = (self.q_norm.weight[...], self.k_norm.weight[...]), self.q_norm.eps
-        out, cache = batch.attend(self.qkv_proj(x), norms, eps, rope, cache, layer)  # [T, K, G, H]
+        qkv = self.qkv_proj.parts(x, batch.implementation)
+        out, cache = batch.attend(qkv, norms, eps, rope, cache, layer)  # [T, K, G, H]
         return self.o_proj.parts(out, batch.implementation), cache
 
 
@@ -169,7 +184,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
         """[P, T, D]: see `Linear.parts`."""
-        gate_up = jnp.sum(self.gate_up_proj.parts(x, implementation), axis=0).astype(x.dtype)  # [T, 2, F]
+        gate_up = sum_parts(self.gate_up_proj.parts(x, implementation), x.dtype)  # [T, 2, F]
         return self.down_proj.parts(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], implementation)
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 
 from qjax import sharding
-from qjax.kernels.elementwise import norm_and_rotate
+from qjax.kernels.elementwise import norm_and_rotate, sum_parts
 from qjax.research.attention import block_causal_mask, dense_attention
 
 
@@ -27,21 +27,21 @@ class PackedBatch:
 
     def attend(
         self,
-        qkv: jax.Array,
+        parts: jax.Array,
         norms: tuple[jax.Array, jax.Array] | None,
         eps: float,
         rope: tuple[jax.Array, jax.Array],
         cache: Any,
-        layer: int,
+        layer: jax.Array | int,
     ) -> tuple[jax.Array, Any]:
         """Attention inside each document; `cache` and `layer` are the engine's matter and passed through.
 
         Args:
-          qkv: [T, K, G + 2, H], T split over data and K over tensor parallelism; norms, eps and rope: see `Batch`.
+          parts: [N, T, K, G + 2, H], T split over data and K over tensor parallelism; norms, eps and rope: see `Batch`.
         Returns:
           ([T, K, G, H], cache).
         """
-        q, k, v = norm_and_rotate(qkv, norms, eps, *rope)
+        q, k, v = norm_and_rotate(sum_parts(parts, parts.dtype), norms, eps, *rope)
         L = self.row_length
 
         def on_shard(q, k, v, segment_ids):  # the device's own rows and KV heads

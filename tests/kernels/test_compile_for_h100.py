@@ -46,7 +46,7 @@ def test_every_shape_compiles_and_no_cache_is_copied(mesh, heads: tuple[int, int
     def step(kv, decode_q, qkv, angle, weight, table, lens, starts, slots):
         for layer in range(L):
             norms = (weight, weight)
-            q, kv = norm_rope_write(kv, qkv + layer, norms, angle, angle, slots, eps=1e-6, layer=layer)
+            q, kv = norm_rope_write(kv, (qkv + layer)[None], norms, angle, angle, slots, eps=1e-6, layer=layer)
             decode_q = decode_q + paged_decode(decode_q, kv, table, lens, layer=layer)
             q = paged_prefill(q.reshape(T, N, H), kv, table, lens, starts, layer=layer)
             qkv = qkv.at[:, :, :-2].add(q.reshape(T, K, -1, H))

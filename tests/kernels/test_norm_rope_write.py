@@ -33,9 +33,13 @@ def oracle(kv, qkv, norms, cos, sin) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize(("heads", "has_norms"), [((4, 2), True), ((2, 1), False), ((16, 8), True)], ids=str)
+@pytest.mark.parametrize(
+    ("heads", "has_norms", "num_parts"), [((4, 2), True, 1), ((2, 1), False, 1), ((16, 8), True, 3)], ids=str
+)
 @pytest.mark.timeout(120)
-def test_rotates_and_writes_its_slots_and_nothing_else(implementation: str, heads: tuple[int, int], has_norms: bool):
+def test_rotates_and_writes_its_slots_and_nothing_else(
+    implementation: str, heads: tuple[int, int], has_norms: bool, num_parts: int
+):
     (N, K), H, T = heads, 128, len(SLOTS)
     rng = np.random.default_rng(0)
     make = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16))
@@ -43,7 +47,12 @@ def test_rotates_and_writes_its_slots_and_nothing_else(implementation: str, head
     norms = (make(H), make(H)) if has_norms else None
     angle = rng.uniform(0, 6, (T, H // 2)).astype(np.float32)
     args = (kv, qkv, norms, np.cos(angle), np.sin(angle))
-    q, out = norm_rope_write(*jax.tree.map(jnp.asarray, args), SLOTS, eps=1e-6, layer=1, implementation=implementation)
+    parts = qkv[None]
+    if num_parts > 1:  # float32, and nothing is lost when they are added up
+        rest = rng.integers(-4, 4, (num_parts - 1, *qkv.shape)).astype(np.float32)
+        parts = np.concatenate([rest, qkv.astype(np.float32)[None] - rest.sum(0)])
+    given = jax.tree.map(jnp.asarray, (kv, parts, *args[2:]))
+    q, out = norm_rope_write(*given, SLOTS, eps=1e-6, layer=1, implementation=implementation)
     expected_q, expected = oracle(*args)
     np.testing.assert_allclose(np.asarray(q, np.float64), expected_q, atol=0.03, rtol=0.02)
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.03, rtol=0.02)
@@ -64,7 +73,8 @@ def test_donated_cache_is_written_in_place():
 
     def step(kv, qkv, cos, page_table, context_lens, slots):
         for layer in range(L):
-            q, kv = norm_rope_write(kv, qkv, None, cos, cos, slots, eps=0, layer=layer, implementation="reference")
+            rope = (cos, cos)
+            q, kv = norm_rope_write(kv, qkv[None], None, *rope, slots, eps=0, layer=layer, implementation="reference")
             flat = q.reshape(2, 2 * K, H)
             q = paged_decode(flat, kv, page_table, context_lens, layer=layer, implementation="reference")
             qkv = qkv.at[:, :, :2].add(q.reshape(2, K, 2, H))
@@ -77,6 +87,6 @@ def test_donated_cache_is_written_in_place():
 
 
 def test_shapes_that_do_not_fit_are_refused():
-    kv, qkv, cos = jnp.zeros((L, 2, P, 2, S, 64)), jnp.zeros((3, 2, 4, 64)), jnp.zeros((3, 32))
+    kv, qkv, cos = jnp.zeros((L, 2, P, 2, S, 64)), jnp.zeros((1, 3, 2, 4, 64)), jnp.zeros((3, 32))
     with pytest.raises(ValueError, match="do not fit the cache"):
         norm_rope_write(kv, qkv, None, cos, cos, jnp.zeros(4, jnp.int32), eps=0, layer=0)

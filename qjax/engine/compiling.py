@@ -1,0 +1,66 @@
+"""`CompiledSteps`: the executables of `step`, one a bucket and option set: compiled at first use, or ahead of it."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from tqdm import tqdm
+
+from qjax.engine.buckets import Bucket
+from qjax.engine.step import StepOptions
+
+log = logging.getLogger("qjax")
+
+type Key = tuple[Bucket, StepOptions]
+
+# This pass counts a cache that is written in place once for each layer, sees far too little memory, and computes small
+# things again in every layer.
+COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+
+
+class CompiledSteps:
+    """Args:
+      lower: gives what `jax.jit(...).lower` does.
+
+    Attributes:
+      count, seconds: of all compilations.
+      is_running: something is compiled while a batch waits for it.
+      ended: when that was over, in time.monotonic's seconds.
+    """
+
+    def __init__(self, lower: Callable[[Bucket, StepOptions], Any]):
+        self._lower = lower
+        self._steps: dict[Key, Callable] = {}
+        self.count, self.seconds = 0, 0.0
+        self.is_running, self.ended = False, 0.0
+
+    def get(self, bucket: Bucket, options: StepOptions) -> Callable:
+        key = (bucket, options)
+        if key not in self._steps:
+            started = time.perf_counter()
+            self.is_running = True
+            self._steps[key] = self._compile(key)
+            self.is_running, self.ended = False, time.monotonic()
+            self._add(1, started)
+            log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)
+        return self._steps[key]
+
+    def ahead(self, keys: Sequence[Key], *, progress: bool) -> None:
+        """Several at a time: tracing holds Python's lock, but the compiler does not."""
+        started = time.perf_counter()
+        bar = tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress)
+        with ThreadPoolExecutor(max_workers=16) as pool, bar:
+            futures = {key: pool.submit(self._compile, key) for key in keys}
+            for key, future in futures.items():
+                self._steps[key] = future.result()
+                bar.update()
+        self._add(len(keys), started)
+
+    def _compile(self, key: Key) -> Callable:
+        return self._lower(*key).compile(COMPILER_OPTIONS)
+
+    def _add(self, count: int, started: float) -> None:
+        self.count += count
+        self.seconds += time.perf_counter() - started
