@@ -50,8 +50,9 @@ def arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[s
 
 def serve_command(args: argparse.Namespace, more: list[str]) -> str:
     """`qjax serve` as the peer's script starts vLLM: no prefix cache, no sampling values of the model's."""
+    # -P: not the qjax folder of a clone, which has no kernels before it is installed.
     has_weights = any(Path(args.model).glob("*.safetensors"))
-    command = [sys.executable, "-m", "qjax", "serve", args.model, "--tokenizer", args.tokenizer]
+    command = [sys.executable, "-P", "-m", "qjax", "serve", args.model, "--tokenizer", args.tokenizer]
     command += ["--load-format", "auto" if has_weights else "dummy", "--generation-config", "vllm"]
     command += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", "{port}"]
     return shlex.join([*command, *more]).replace("'{port}'", "{port}")
@@ -63,7 +64,7 @@ def client_command(client: str) -> tuple[list[str], str]:
         return shlex.split(client), client
     if importlib.util.find_spec("vllm"):
         return [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"], "vllm bench serve"
-    return [sys.executable, "-m", "qjax", "bench", "serve"], "qjax bench serve"
+    return [sys.executable, "-P", "-m", "qjax", "bench", "serve"], "qjax bench serve"
 
 
 def figures(args: argparse.Namespace) -> dict[str, tuple[str, dict]]:

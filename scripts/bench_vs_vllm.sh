@@ -38,7 +38,7 @@ if has serving; then # ours, asked by the client that asks vLLM
     read -r port < <("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
     weights=dummy
     compgen -G "$model/*.safetensors" >/dev/null && weights=auto
-    setsid "$python" -m qjax serve "$model" --tokenizer "$tokenizer" --load-format "$weights" --generation-config vllm \
+    setsid "$python" -P -m qjax serve "$model" --tokenizer "$tokenizer" --load-format "$weights" --generation-config vllm \
         --no-enable-prefix-caching --host 127.0.0.1 --port "$port" >"$out.server.log" 2>&1 &
     server=$!
     for ((i = 0; i < 600; i++)); do
