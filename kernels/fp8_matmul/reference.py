@@ -16,6 +16,15 @@ def dequantize(w: jax.Array, scale: jax.Array, dtype) -> jax.Array:
     return (w.astype(jnp.float32) * scale).astype(dtype)
 
 
+def quantize(w: jax.Array, scale_shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """w in e4m3 and float32 scales of `scale_shape`, one for each block: what `dequantize` takes back to about w."""
+    pairs = zip(w.shape, scale_shape, strict=True)
+    blocks = w.astype(jnp.float32).reshape([n for size, count in pairs for n in (count, size // count)])
+    amax = jnp.max(jnp.abs(blocks), axis=tuple(range(1, blocks.ndim, 2)), keepdims=True)
+    scale = jnp.maximum(amax, SMALLEST_AMAX) / LARGEST
+    return (blocks / scale).astype(E4M3).reshape(w.shape), scale.reshape(scale_shape)
+
+
 def fp8_matmul_ref(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
     """Weight-only: the activations keep their dtype."""
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # tf32 only for narrower weights

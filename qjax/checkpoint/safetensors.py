@@ -24,6 +24,7 @@ from qjax.checkpoint.names import Leaf, contiguous, leaf_of
 from qjax.models.config import ModelConfig
 from qjax.models.layers import INIT_STDDEV
 from qjax.models.qwen3 import ModelDef, abstract_model
+from qjax.quantization.fp8 import as_read, quantize_on_devices, scales_to_make
 from qjax.quantization.int4 import pack_scales
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -55,9 +56,13 @@ def load_params(
     modeldef, leaves = abstract_model(config, dtype, mesh)
     rules = _rules(config, mesh, modeldef)
     tensors = _full_names(open_folder(folder))
-    _check_tensors(tensors, rules, leaves, config, folder)
+    scales = scales_to_make(config.quantization, modeldef.paths)
+    sources = {i: as_read(leaf, dtype) if i in scales else leaf for i, leaf in enumerate(leaves)}
+    for i in scales.values():
+        del sources[i]
+    _check_tensors(tensors, [rules[i] for i in sources], sources.values(), config, folder)
 
-    total = sum(tensors[name].nbytes for rule in rules for name in rule.shapes)
+    total = sum(tensors[name].nbytes for i in sources for name in rules[i].shapes)
     with tqdm(
         total=total,
         unit="B",
@@ -66,17 +71,18 @@ def load_params(
         disable=None if progress is None else not progress,
     ) as bar:
 
-        def load(i: int) -> tuple[int, jax.Array]:
-            array = _place(
-                rules[i], leaves[i], tensors
-            ).block_until_ready()  # the part's copy on the host is free again
+        def load(i: int) -> dict[int, jax.Array]:
+            made = {i: _place(rules[i], sources[i], tensors)}
+            if i in scales:
+                made[i], made[scales[i]] = quantize_on_devices(made[i], leaves[scales[i]])
+            jax.block_until_ready(made)  # the part's copy on the host is free again
             bar.update(sum(tensors[name].nbytes for name in rules[i].shapes))
-            return i, array
+            return made
 
-        longest_first = sorted(range(len(leaves)), key=lambda i: modeldef.paths[i].startswith("layers."))
+        longest_first = sorted(sources, key=lambda i: modeldef.paths[i].startswith("layers."))
         pool = ThreadPoolExecutor(NUM_READERS, "qjax-load")
         try:
-            arrays = dict(pool.map(load, longest_first))
+            arrays = {i: array for made in pool.map(load, longest_first) for i, array in made.items()}
         finally:
             pool.shutdown(cancel_futures=True)  # after a failure (device memory is full), do not load the rest first
     return tuple(arrays[i] for i in range(len(leaves)))

@@ -1,6 +1,6 @@
 """`ModelConfig`: the shape of a model, read from a checkpoint's `config.json`. Standard library only."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qjax.quantization.config import Quantization
@@ -121,15 +121,22 @@ class ModelConfig:
                     total += self.quantization.num_bytes(size) - size * itemsize
         return total
 
-    def check_quantization(self, method: str | None) -> None:
-        """Raises ValueError if the option `quantization` asks for another one than the checkpoint's; None: any."""
+    def with_quantization(self, method: str | None) -> "ModelConfig":
+        """The config of what the option `quantization` asks for; None: the checkpoint as it is.
+
+        Raises:
+          ValueError: that is neither the checkpoint's own nor made while loading.
+        """
         own = None if self.quantization is None else self.quantization.method
+        if own is None and method == "fp8":
+            return replace(self, quantization=Quantization("fp8", is_made=True))
         if method not in (None, own):
             found = "is not quantised" if own is None else f"is quantised by {own!r}"
             raise ValueError(
                 f"quantization={method!r}, but the checkpoint {found}. Leave --quantization out to take the "
-                "checkpoint's; qjax does not quantise while loading."
+                "checkpoint's; only fp8 is made while loading, of a checkpoint that is not quantised."
             )
+        return self
 
     def check_not_quantized(self, what: str) -> None:
         """Raises ValueError, which begins with `what`, for a quantised checkpoint."""

@@ -56,6 +56,7 @@ class Quantization:
 
     method: Literal["fp8", "awq", "gptq"]
     modules_to_not_convert: tuple[str, ...] = ()  # names, or beginnings or ends of names, at their dots
+    is_made: bool = False  # the checkpoint has plain weights, which are quantised while they are loaded
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> "Quantization":
