@@ -155,6 +155,7 @@ def products(model: ModelConfig, implementation: str | None, kind: str = "bf16")
     from qjax.kernels.fp8_matmul import fp8_matmul
     from qjax.kernels.int4_matmul import int4_matmul
     from qjax.kernels.small_matmul import small_matmul
+    from qjax.models.layers import matmul
 
     op, make, prefix = {
         "bf16": (small_matmul, bf16_weight, ""),
@@ -167,6 +168,10 @@ def products(model: ModelConfig, implementation: str | None, kind: str = "bf16")
     if kind == "bf16":
         shapes["head"] = (D, model.vocab_size)
     for name, (inputs, outputs) in shapes.items():
+        if name == "head":  # the embedding, where it is the output layer
+            is_tied = model.tie_word_embeddings
+            op = lambda x, w, implementation, tied=is_tied: matmul(x, w, (int(tied),), out_dtype=jnp.float32)
+            make = lambda D, N, seed, tied=is_tied: (normal(N, D, seed=seed) if tied else normal(D, N, seed=seed),)
         first = make(inputs, outputs, 0)
         num_bytes = sum(array.nbytes for array in first)
         count = copies(num_bytes) if name != "head" else 1
@@ -174,7 +179,7 @@ def products(model: ModelConfig, implementation: str | None, kind: str = "bf16")
         for rows in ROWS:
             work = Work(num_bytes + rows * (inputs + outputs) * 2, 2 * rows * inputs * outputs)
 
-            def run(state, xs, weights):  # each x its own, or XLA may join the products
+            def run(state, xs, weights, op=op):  # each x its own, or XLA may join the products
                 return state, [op(x, *w, implementation=implementation) for x, w in zip(xs, weights, strict=True)]
 
             xs = [normal(rows, inputs, seed=9 + i) for i in range(count)]

@@ -17,7 +17,7 @@ TINY = dataclasses.replace(
     intermediate_size=128,
     num_attention_heads=2,
     num_key_value_heads=1,
-    vocab_size=128,
+    vocab_size=192,
 )
 
 
@@ -66,3 +66,12 @@ def test_a_case_is_timed_and_told(small):
     assert line["us"] == 1 and line["of_floor"] == pytest.approx(case.work.bytes / 3.0e12 / 1e-6, abs=1e-3)
     assert "of_floor" not in bench_kernels.line_of(case, 1e-6, None)
     assert "decode 2 x 80" in bench_kernels.row(json.loads(json.dumps(line | {"model": "m"})))
+
+
+def test_the_output_layer_is_what_the_model_has(small):
+    """0.6B's is its embedding, [V, D]."""
+    head = next(c for c in bench_kernels.products(TINY, None) if c.name.startswith("head "))
+    xs, ((weight,),) = head.args
+    _, (logits,) = head.run(head.state, *head.args)
+    expected = np.asarray(xs[0], np.float32) @ np.asarray(weight, np.float32).T
+    assert logits.dtype == np.float32 and np.allclose(logits, expected, atol=1e-3) and head.count == 1
