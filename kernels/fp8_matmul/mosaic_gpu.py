@@ -6,6 +6,7 @@ in their own dtype and one more warpgroup rounds them to FP8, which saves a kern
 """
 
 import functools
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -59,10 +60,10 @@ def plan(M: int, D: int, N: int, block_n: int, block_d: int) -> Plan:
     """
     if block_d not in (64, 128) or block_n % 64:
         raise NotImplementedError(f"scales of {block_n} x {block_d} weights")
-    block_rows = 64 if M <= 64 else 128 if M <= 128 else 256
     is_rounded = M > MAX_ROUNDED_ROWS
     best: tuple[float, Plan | None] = (math.inf, None)
-    for tile_n in (64, 128, 256):
+    heights = (64,) if M <= 64 else (128,) if M <= 128 else (256, 128)
+    for block_rows, tile_n in itertools.product(heights, (64, 128, 256)):
         if N % tile_n or block_rows * tile_n > 256 * 128:  # the accumulators' registers
             continue
         row_bytes = block_d if is_rounded else 3 * block_d  # as it came, and rounded

@@ -101,7 +101,7 @@ def test_close_to_the_weight_only_product():
 @pytest.mark.parametrize(
     ("D", "N"), [(4096, 6144), (4096, 4096), (4096, 24576), (12288, 4096), (1024, 6144), (1216, 2560), (2560, 2432)]
 )
-@pytest.mark.parametrize("M", [1, 33, 128, 256, 2048])
+@pytest.mark.parametrize("M", [1, 33, 128, 256, 528, 2048])
 def test_every_cut_fits_shared_memory(M: int, D: int, N: int):
     block_n, block_d = (64 if size in (1216, 2432) else 128 for size in (N, D))
     cut = plan(M, D, N, block_n, block_d)
