@@ -21,6 +21,7 @@ from jax.experimental import topologies
 
 from qjax import sharding
 from qjax.engine.buckets import Bucket
+from qjax.engine.compiling import COMPILER_OPTIONS
 from qjax.engine.step import DeviceState, Layout, StepOptions, step
 from qjax.models.qwen3 import abstract_model
 from scripts.bench_floors import MODELS
@@ -59,7 +60,7 @@ def main() -> None:
     specs = [json.loads(text) for text in sys.argv[1:]]
     lowered = [trace(mesh, *spec).lower(lowering_platforms=("cuda",)) for spec in specs]
     with ThreadPoolExecutor() as pool:  # tracing holds Python's lock, compiling does not
-        for spec, compiled in zip(specs, pool.map(lambda x: x.compile(), lowered), strict=True):
+        for spec, compiled in zip(specs, pool.map(lambda x: x.compile(COMPILER_OPTIONS), lowered), strict=True):
             text, memory = compiled.as_text(), compiled.memory_analysis()
             cache_bytes = 2 * spec[1] * PAGES * PAGE_SIZE * 8 * 128 * 2
             line = {"spec": spec, "kernels": kernels(text), "mosaic": text.count('custom_call_target="mosaic_gpu')}

@@ -18,6 +18,7 @@ import pytest
 
 from qjax import SamplingParams, sharding
 from qjax.engine import runner
+from qjax.engine.buckets import Buckets
 from tests.engine.conftest import make_llm, tiny_folder  # noqa: F401 (fixture)
 from tests.kernels.compile_step import trace
 
@@ -32,7 +33,8 @@ class Budget:
     beside: int  # before the first layer and after the last
 
 
-DECODE = {("Qwen3-8B", (32, 0, 0)): Budget(11, 16), ("Qwen3-0.6B", (1, 0, 0)): Budget(13, 18)}
+SMALLEST = 8  # rows of a GPU's decode step
+DECODE = {("Qwen3-8B", (32, 0, 0)): Budget(10, 16), ("Qwen3-0.6B", (SMALLEST, 0, 0)): Budget(10, 16)}
 MIXED = ("Qwen3-8B", (16, 256, 64))
 SPILLED_BYTES = {"paged_prefill_kernel": 16}  # stores of a thread; all other kernels: none
 KERNELS = {
@@ -47,6 +49,11 @@ KERNELS = {
 def test_buffers():
     traced = trace(sharding.make_mesh(1), "Qwen3-8B", 2, (32, 0, 0)).jaxpr
     assert len(traced.in_avals) <= 2 * LAYER_ARGUMENTS + OTHER_ARGUMENTS
+
+
+def test_the_smallest_step_is_the_one_counted():
+    limits = {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_num_prefills": 64, "max_pages": 64}
+    assert Buckets(is_gpu=True, **limits).choose(1, 0, 0, 1).num_decodes == SMALLEST
 
 
 def test_one_trace_a_bucket(tiny_folder, monkeypatch):  # noqa: F811
@@ -65,7 +72,7 @@ def test_one_trace_a_bucket(tiny_folder, monkeypatch):  # noqa: F811
     for _ in range(2):
         llm.generate(prompts, params, use_tqdm=False)
         assert set(traces.values()) == {1}
-    assert set(traces) == set(llm.engine.runner._compiled) and len(traces) == 2
+    assert len(traces) == llm.engine.runner.compiles.count == 2
 
 
 # Compiled: half a minute of processor time in one process
