@@ -5,9 +5,24 @@ import re
 
 import pytest
 
+from scripts import profile_table
 from scripts.bench_common import random_requests
 from scripts.bench_floors import MODELS, PEAKS, decode_step, least_seconds, share_of_floor, weights_read
-from scripts.bench_table import LINES, PAGE, PLOT, Run, all_runs, label, plot, ratio, table, updated, value
+from scripts.bench_table import (
+    LINES,
+    PAGE,
+    PLOT,
+    Run,
+    all_runs,
+    label,
+    plot,
+    ratio,
+    read,
+    step_table,
+    table,
+    updated,
+    value,
+)
 from scripts.profile_table import kind_of, kinds_ms
 
 H100, EIGHT, SMALL = PEAKS["H100"], MODELS["Qwen3-8B"], MODELS["Qwen3-0.6B"]
@@ -121,3 +136,21 @@ def test_kernels_of_a_profile_by_kind():
 def test_the_page_names_real_scripts():
     for name in re.findall(r"scripts/\w+\.(?:py|sh)", PAGE.read_text(encoding="utf-8")):
         assert (PAGE.parent.parent / name).exists(), name
+
+
+def test_a_profile_becomes_a_line_and_a_table(tmp_path, monkeypatch, capsys):
+    """20 steps of 16 layers: attention 10 us and a product 30 us a layer, one sampler of 20 us."""
+    one = [("paged_decode_splits_kernel", 10e3), ("gemm_fusion_dot_1", 30e3)] * 16 + [("argmax_fusion", 20e3)]
+    events = [(float(i), duration, name) for i, (name, duration) in enumerate(one * 20)]
+    monkeypatch.setattr(profile_table, "kernels", lambda folder: events)
+    (tmp_path / "decode_b32").mkdir()
+    out = tmp_path / "lines.jsonl"
+    monkeypatch.setattr("sys.argv", ["profile_table.py", str(tmp_path), "--model", "Qwen3-8B", "--out", str(out)])
+    profile_table.main()
+    run = read(out)
+    (line,) = run.steps()
+    assert (line["figure"], line["num_kernels"], line["ms_in_kernels"]) == ("step_b32_ctx144", 33, 0.66)
+    assert line["kinds_ms"] == {"products": 0.48, "attention": 0.16, "other": 0.02}
+    assert "19 steps of 33 kernels, 0.660 ms" in capsys.readouterr().out
+    line["device"] = "NVIDIA H100 80GB HBM3"
+    assert "| Qwen3-8B, batch 32, context 144 | products | 0.48 | 73 % |" in step_table(Run("now", [line]))
