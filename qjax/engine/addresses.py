@@ -19,8 +19,10 @@ class StepInputs:
         self._placement = placement
         self._arrays: dict[int, jax.Array] = {}
         overwrite = lambda old, new: old.at[:].set(new)
-        here = {"in_shardings": (placement, placement), "out_shardings": placement}
-        self._overwrite = jax.jit(overwrite, donate_argnums=0, keep_unused=True, **here)
+        here = (placement, placement)
+        self._overwrite = jax.jit(
+            overwrite, in_shardings=here, out_shardings=placement, donate_argnums=0, keep_unused=True
+        )
 
     def put(self, packed: np.ndarray) -> jax.Array:
         """int32 [n] on the devices, where the one before of this size was: the steps dispatched so far have read it."""

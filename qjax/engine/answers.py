@@ -29,10 +29,7 @@ class Group:
     prompt: str | None
     answers: list[Answer]
     prompt_logprobs: list[dict[int, Logprob] | None] | None = None
-
-    @property
-    def is_reported(self) -> bool:
-        return all(answer.is_reported for answer in self.answers)
+    is_reported: bool = False  # the ends of all have been emitted
 
     def take(self) -> RequestOutput | None:
         """What is new since the last call."""
@@ -56,6 +53,7 @@ class Group:
             answer.text, answer.token_ids, answer.logprobs = "", [], []
         if not outputs:
             return None
+        self.is_reported = all(answer.is_reported for answer in self.answers)
         first = self.answers[0].request
         return RequestOutput(
             request_id=self.request_id,
@@ -65,7 +63,11 @@ class Group:
             finished=self.is_reported,
             prompt_logprobs=self.prompt_logprobs,
             num_cached_tokens=first.num_cached_tokens,
-            metrics=RequestMetrics(
-                first.arrival_time, first.first_scheduled_time, first.first_token_time, first.finished_time
-            ),
+            metrics=_metrics(first) if self.is_reported else None,
         )
+
+
+def _metrics(request: Request) -> RequestMetrics:
+    return RequestMetrics(
+        request.arrival_time, request.first_scheduled_time, request.first_token_time, request.finished_time
+    )

@@ -20,7 +20,7 @@ from qjax.engine.logit_edits import bad_words_token_ids
 from qjax.engine.metrics import Metrics
 from qjax.engine.repetition import loop_detector
 from qjax.engine.request import Request
-from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered
+from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered, keeps_few
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.engine.sleeping import TAGS, Sleeper
 from qjax.engine.step import StepOptions
@@ -94,7 +94,7 @@ class Engine:
 
     def _usual_options(self) -> StepOptions:
         defaults = SamplingParams.from_defaults(self.default_sampling_params)
-        return StepOptions(sampling=not defaults.is_greedy, filtering=is_filtered(defaults))
+        return StepOptions(sampling=not defaults.is_greedy, filtering=is_filtered(defaults), few=keeps_few(defaults))
 
     @property
     def max_model_len(self) -> int:
@@ -249,6 +249,7 @@ class Engine:
             if result.logprobs is not None and chunk.request.params.logprobs is not None:
                 sampled[chunk.request] = result.logprobs[i]
         accepted = dict(self.scheduler.update(flight.batch, result.token_ids))
+        self.metrics.on_tokens([request for request, token in accepted.items() if token >= 0])
         for chunk in flight.batch.sampling:
             if chunk.request.request_id not in self._answers:
                 continue
@@ -266,7 +267,6 @@ class Engine:
         """Adds a token to an answer's delta, and ends the answer where a stop string completes."""
         request, params = answer.request, answer.request.params
         answer.token_ids.append(token_id)
-        self.metrics.on_token(request)
         if (end := host_end(request, token_id)) is not None:
             self.scheduler.finish(request, *end)
             request.finish_reason, request.stop_reason = end

@@ -3,9 +3,16 @@
 Each engine has a registry of its own. The engine's thread writes, any thread may `render`.
 """
 
+import math
 import time
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 from qjax.engine.request import Request
 
@@ -48,9 +55,10 @@ class Metrics:
         self._label = label
         seconds = {"buckets": LATENCY_BUCKETS}
         self._ttft = make(Histogram, "vllm:time_to_first_token_seconds", "From arrival.", buckets=TTFT_BUCKETS)
-        self._itl = make(
-            Histogram, "vllm:inter_token_latency_seconds", "Between two tokens.", buckets=TOKEN_LATENCY_BUCKETS
+        self._itl = _CountedHistogram(
+            "vllm:inter_token_latency_seconds", "Between two tokens.", label, TOKEN_LATENCY_BUCKETS
         )
+        self.registry.register(self._itl)
         self._e2e = make(Histogram, "vllm:e2e_request_latency_seconds", "From arrival to the end.", **seconds)
         self._queue = make(Histogram, "vllm:request_queue_time_seconds", "From arrival to the first step.", **seconds)
         self._inference = make(
@@ -82,17 +90,21 @@ class Metrics:
         self._compiles.set(count)
         self._compile_seconds.set(seconds)
 
-    def on_token(self, request: Request) -> None:
-        """A token of a request has reached the host."""
+    def on_tokens(self, requests: Sequence[Request]) -> None:
+        """A token of each of these has reached the host."""
         now = time.monotonic()
-        self._generation_tokens.inc()
-        last = self._last_token_times.get(request)
-        if last is None:
-            self.on_prompt(request)
-            self._ttft.observe(now - request.arrival_time)
-        else:
-            self._itl.observe(now - last)
-        self._last_token_times[request] = now
+        self._generation_tokens.inc(len(requests))
+        gaps: dict[float, int] = {}  # of most requests of a step the last token came at the same time
+        for request in requests:
+            last = self._last_token_times.get(request)
+            if last is None:
+                self.on_prompt(request)
+                self._ttft.observe(now - request.arrival_time)
+            else:
+                gaps[last] = gaps.get(last, 0) + 1
+            self._last_token_times[request] = now
+        for last, count in gaps.items():
+            self._itl.observe(now - last, count)
 
     def on_prompt(self, request: Request) -> None:
         """A request's prompt has been computed."""
@@ -117,6 +129,26 @@ class Metrics:
     def render(self) -> bytes:
         """Prometheus' text format."""
         return generate_latest(self.registry)
+
+
+class _CountedHistogram(Collector):
+    """A histogram that takes many equal values at once, which prometheus_client's own does not."""
+
+    def __init__(self, name: str, help: str, label: dict[str, str], buckets: Sequence[float]):
+        self._name, self._help, self._label = name, help, label
+        self._bounds = [*buckets, math.inf]
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        family = HistogramMetricFamily(self._name, self._help, labels=list(self._label))
+        buckets = list(zip(map(floatToGoString, self._bounds), accumulate(self._counts), strict=True))
+        family.add_metric(list(self._label.values()), buckets, self._sum)
+        yield family
 
 
 def _one_two_five(limit: int) -> list[float]:

@@ -55,6 +55,11 @@ class Request:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    may_be_held_back: bool = field(init=False)  # see `is_held_back`: asked in every step
+
+    def __post_init__(self) -> None:
+        has_long_words = any(len(word) > 1 for word in self.bad_words_token_ids)
+        self.may_be_held_back = self.constraint is not None or has_long_words
 
     @property
     def num_known_tokens(self) -> int:

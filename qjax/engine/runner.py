@@ -19,7 +19,7 @@ from qjax.engine.compiling import CompiledSteps
 from qjax.engine.logit_edits import edits_of, has_edits
 from qjax.engine.memory import Plan
 from qjax.engine.request import Request
-from qjax.engine.sampler import split_seed
+from qjax.engine.sampler import MAX_FEW, split_seed
 from qjax.engine.scheduler import ScheduledBatch
 from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
 from qjax.models.config import ModelConfig
@@ -87,6 +87,7 @@ class Runner:
     plan: Plan
     pooling: bool = False
     kv: jax.Array = field(init=False)
+    usual: StepOptions | None = None
 
     def __post_init__(self) -> None:
         plan = self.plan
@@ -201,15 +202,18 @@ class Runner:
         longest = max((len(edits_of(r)[0]) for r in requests if has_edits(r)), default=0)
         logprobs = [r.params.logprobs for r in requests if r.params.logprobs is not None]
         prompt_logprobs = [c.request.params.prompt_logprobs for c in batch.prefills]
-        return StepOptions(
-            sampling=any(not r.params.is_greedy for r in requests),
-            filtering=any(is_filtered(r.params) for r in requests),
+        random = [r.params for r in requests if not r.params.is_greedy]
+        options = StepOptions(
+            sampling=bool(random),
+            filtering=any(map(is_filtered, random)),
+            few=bool(random) and all(map(keeps_few, random)),
             penalties=any(has_penalties(r) for r in requests),
             num_edits=next((n for n in (0, *EDIT_SIZES) if n >= longest), self.model_config.vocab_size),
             masked=any(r.constraint is not None for r in requests),
             num_logprobs=self._num_logprobs(logprobs),
             num_prompt_logprobs=self._num_logprobs([n for n in prompt_logprobs if n is not None]),
         )
+        return self.usual if self.usual is not None and self.usual.covers(options) else options
 
     def _layout(self, bucket: Bucket, options: StepOptions) -> Layout:
         return Layout(bucket, options, self.plan.page_size, self.model_config.vocab_size)
@@ -317,7 +321,8 @@ class Runner:
     # Compiling
 
     def compile_ahead(self, options: list[StepOptions], *, progress: bool) -> None:
-        """Compiles the buckets that the first requests need."""
+        """Compiles the buckets that the first requests need; batches that these options cover use them."""
+        self.usual = options[0]
         keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
         self.compiles.ahead([(b, o) for b, o in keys if not (o.pooling and b.num_decodes)], progress=progress)
 
@@ -344,6 +349,10 @@ class Runner:
 
 def is_filtered(params: SamplingParams) -> bool:
     return not params.is_greedy and (params.top_k > 0 or params.top_p < 1.0)
+
+
+def keeps_few(params: SamplingParams) -> bool:
+    return not params.is_greedy and 0 < params.top_k <= MAX_FEW
 
 
 def has_penalties(request: Request) -> bool:

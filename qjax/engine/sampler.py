@@ -5,7 +5,7 @@ Three promises shape the code:
 - *A row's token does not depend on its neighbours*, bit by bit. Sums decide which tokens top-p keeps, and the order
   of a float sum changes with the batch's shape; so probabilities are summed as integers, whose order is no matter.
 - *No sort of the vocabulary.* The thresholds of top-k and top-p are found by bisection over the logits' bit
-  patterns: 32 passes that only read.
+  patterns: 32 passes that only read. Where all rows have a small top_k, they read 2048 tokens instead of all.
 - *NaN is an error, not token 0.* A row without a finite maximum gives token -1.
 """
 
@@ -14,8 +14,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.extend.random import threefry2x32_p
 
 MAX_SCANNED_LOGPROBS = 32  # up to here one pass a rank beats a sort
+MAX_FEW = 64  # top_k up to which only the likeliest blocks of tokens are looked at
+BLOCK = 32  # tokens
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6  # beyond, z = logit / temperature could overflow or be 0 / 0
 
 
@@ -91,7 +94,10 @@ def apply_logit_edits(logits: jax.Array, ids: jax.Array, values: jax.Array, only
 
 def greedy(logits: jax.Array) -> jax.Array:
     """int32 [R]: the likeliest token of float32 [R, V] logits, the lowest id among equals; -1 for NaN."""
-    return _or_error(jnp.argmax(logits, axis=-1), logits)
+    # NaN counts as the largest, so the largest tells of it: the logits of a large batch are read once.
+    tokens = jnp.argmax(logits, axis=-1)
+    largest = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+    return jnp.where(jnp.isfinite(largest), tokens, -1).astype(jnp.int32)
 
 
 def apply_mask(logits: jax.Array, mask: jax.Array) -> jax.Array:
@@ -100,7 +106,7 @@ def apply_mask(logits: jax.Array, mask: jax.Array) -> jax.Array:
     return jnp.where(bits.reshape(mask.shape[0], -1)[:, : logits.shape[1]] == 1, logits, -jnp.inf)
 
 
-def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
+def sample(logits: jax.Array, batch: SamplingBatch, *, is_few: bool = False) -> jax.Array:
     """Samples a token for each row.
 
     Temperature, then min-p (Nguyen et al., 2024), then top-k (Fan et al., 2018), then top-p over what is left
@@ -113,23 +119,40 @@ def sample(logits: jax.Array, batch: SamplingBatch) -> jax.Array:
     Args:
       logits: float32 [R, V]; -inf is never sampled.
       batch: options of the R rows.
+      is_few: static; every row with a temperature has a top_k of 1 to `MAX_FEW`. The same tokens in less time (among
+        more than `MAX_FEW` blocks with an equal maximum, those of the lowest ids are looked at).
 
     Returns:
       int32 [R] token ids; -1 where the logits are NaN or +inf, or all -inf.
     """
-    z, keep = kept_tokens(logits, batch)
-    noise = _gumbel(batch.seeds, batch.counters, logits.shape[1])
-    drawn = jnp.argmax(jnp.where(keep, z + noise, -jnp.inf), axis=-1)
-    return _or_error(jnp.where(batch.temperature > 0, drawn, jnp.argmax(logits, axis=-1)), logits)
+    vocab_size = logits.shape[1]
+    ids = jnp.broadcast_to(jnp.arange(vocab_size, dtype=jnp.int32), logits.shape)
+    likely = logits
+    if is_few and vocab_size > MAX_FEW * BLOCK:
+        ids = _likely_ids(logits)
+        likely = jnp.take_along_axis(logits, ids, axis=-1, mode="fill", fill_value=-jnp.inf)
+    z, keep = kept_tokens(likely, batch, vocab_size, digit_bits=4 if is_few else 1)
+    drawn = jnp.argmax(jnp.where(keep, z + _gumbel(batch.seeds, batch.counters, ids), -jnp.inf), axis=-1)
+    drawn = jnp.take_along_axis(ids, drawn[:, None], axis=-1)[:, 0]
+    likeliest = greedy(logits)
+    return jnp.where((batch.temperature > 0) & (likeliest >= 0), drawn, likeliest)
 
 
-def kept_tokens(logits: jax.Array, batch: SamplingBatch) -> tuple[jax.Array, jax.Array]:
+def kept_tokens(
+    logits: jax.Array, batch: SamplingBatch, vocab_size: int | None = None, *, digit_bits: int = 1
+) -> tuple[jax.Array, jax.Array]:
     """What `sample` draws from.
 
+    Args:
+      logits: float32 [R, n], of all tokens or of all that may be kept.
+      vocab_size: V [n].
+      digit_bits: see `_largest_threshold`.
+
     Returns:
-      z float32 [R, V], logit / temperature less the row's largest, and keep bool [R, V], the tokens that can be
+      z float32 [R, n], logit / temperature less the row's largest, and keep bool [R, n], the tokens that can be
       drawn: in proportion to exp(z). Greedy rows keep all.
     """
+    vocab_size = vocab_size or logits.shape[1]
     is_random = batch.temperature > 0
     temperature = jnp.where(is_random, jnp.clip(batch.temperature, MIN_TEMPERATURE, MAX_TEMPERATURE), 1.0)
     z = (logits - jnp.max(logits, axis=-1, keepdims=True)) / temperature[:, None]  # [R, V], at most 0
@@ -138,11 +161,11 @@ def kept_tokens(logits: jax.Array, batch: SamplingBatch) -> tuple[jax.Array, jax
     # Whether a filter is needed is decided by the host (None): a `lax.cond` would make it wait for the device.
     keys = _sort_keys(logits)
     if batch.top_k is not None:
-        top_k = jnp.where(is_random & (batch.top_k < logits.shape[1]), batch.top_k, 0)
-        keep &= keys >= _top_k_threshold(keys, top_k)[:, None]
+        top_k = jnp.where(is_random & (batch.top_k < vocab_size), batch.top_k, 0)
+        keep &= keys >= _top_k_threshold(keys, top_k, digit_bits)[:, None]
     if batch.top_p is not None:
         top_p = jnp.where(is_random, batch.top_p, 1.0)
-        keep &= keys >= _top_p_threshold(keys, z, keep, top_p)[:, None]
+        keep &= keys >= _top_p_threshold(keys, z, keep, top_p, vocab_size, digit_bits)[:, None]
     return z, keep
 
 
@@ -166,12 +189,6 @@ def logprobs_of(logits: jax.Array, tokens: jax.Array, num: int) -> tuple[jax.Arr
     return (chosen - normalizer)[:, 0], rank, top_ids, top_logits - normalizer
 
 
-def _or_error(tokens: jax.Array, logits: jax.Array) -> jax.Array:
-    """int32 [R]: the tokens, -1 where the row has NaN or +inf, or no token that is not banned."""
-    is_good = jnp.isfinite(jnp.max(logits, axis=-1)) & ~jnp.any(jnp.isnan(logits), axis=-1)
-    return jnp.where(is_good, tokens, -1).astype(jnp.int32)
-
-
 def _sort_keys(logits: jax.Array) -> jax.Array:
     """uint32 of the same order as the float32 logits (Herf, 2001): for non-negative ones set the sign bit, for
     negative ones flip all bits. -0 is made 0 first, as the two are equal."""
@@ -179,12 +196,18 @@ def _sort_keys(logits: jax.Array) -> jax.Array:
     return jnp.where(bits >> 31 == 0, bits | jnp.uint32(1 << 31), ~bits)
 
 
-def _largest_threshold(is_enough, num_rows: int) -> jax.Array:
+def _largest_threshold(is_enough, num_rows: int, digit_bits: int) -> jax.Array:
     """uint32 [R]: for each row the largest t with `is_enough(t)`, which must be true up to some t and false after.
 
-    One bit a pass, from the highest. A fixed number of passes: a loop that may end early makes the host wait for the
-    GPU at each turn.
+    One digit a pass, from the highest. A fixed number of passes: a loop that may end early makes the host wait for the
+    GPU at each turn. Larger digits are for few tokens: fewer passes, which are not a loop, that ask more questions.
     """
+    if digit_bits > 1:
+        threshold = jnp.zeros((num_rows,), jnp.uint32)
+        for shift in range(32 - digit_bits, -1, -digit_bits):
+            digits = [is_enough(threshold | jnp.uint32(digit << shift)) for digit in range(1, 1 << digit_bits)]
+            threshold |= sum(digit.astype(jnp.uint32) for digit in digits) << shift
+        return threshold
 
     def body(i, threshold):
         candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
@@ -193,41 +216,67 @@ def _largest_threshold(is_enough, num_rows: int) -> jax.Array:
     return lax.fori_loop(0, 32, body, jnp.zeros((num_rows,), jnp.uint32))
 
 
-def _top_k_threshold(keys: jax.Array, top_k: jax.Array) -> jax.Array:
+def _top_k_threshold(keys: jax.Array, top_k: jax.Array, digit_bits: int) -> jax.Array:
     """uint32 [R]: the k-th largest of each row's keys; 0 where k is 0."""
     is_enough = lambda t: jnp.sum(keys >= t[:, None], axis=-1, dtype=jnp.int32) >= top_k
-    return jnp.where(top_k > 0, _largest_threshold(is_enough, keys.shape[0]), 0)
+    return jnp.where(top_k > 0, _largest_threshold(is_enough, keys.shape[0], digit_bits), 0)
 
 
-def _top_p_threshold(keys: jax.Array, z: jax.Array, keep: jax.Array, top_p: jax.Array) -> jax.Array:
+def _top_p_threshold(
+    keys: jax.Array, z: jax.Array, keep: jax.Array, top_p: jax.Array, vocab_size: int, digit_bits: int
+) -> jax.Array:
     """uint32 [R]: the key from which on the kept tokens have at least the share p of the kept probability.
 
     Probabilities are rounded to multiples of about 2**-32 of their sum, which stays below 2**32. The sum they are
     scaled by must not depend on the order of summation either, so it is taken of integers too, in two digits of 13
     bits: exact sums for V < 2**19, and short of the true one by V * 2**-26 at most, which is added.
     """
-    weights = jnp.where(keep, jnp.exp(z), 0.0)  # [R, V]
+    weights = jnp.where(keep, jnp.exp(z), 0.0)  # [R, n]
     high = jnp.floor(weights * 2.0**13)
     low = jnp.floor((weights * 2.0**13 - high) * 2.0**13)
     add = lambda x: jnp.sum(x.astype(jnp.uint32), axis=-1).astype(jnp.float32)  # [R]
-    bound = add(high) * 2.0**-13 + (add(low) + keys.shape[1]) * 2.0**-26
+    bound = add(high) * 2.0**-13 + (add(low) + vocab_size) * 2.0**-26
     # Half a unit a token may be added by rounding, and float32 rounds the bound: 2**23 units are left for both.
     units = jnp.round(weights * ((2.0**32 - 2.0**23) / bound)[:, None]).astype(jnp.uint32)
     mass = jnp.sum(units, axis=-1)  # uint32 [R]
     # As float32 the mass may round up a little: all of it is always enough, else no threshold would do.
     wanted = jnp.minimum((mass.astype(jnp.float32) * top_p).astype(jnp.uint32), mass)
     is_enough = lambda t: jnp.sum(jnp.where(keys >= t[:, None], units, 0), axis=-1) >= jnp.maximum(wanted, 1)
-    return jnp.where(top_p < 1.0, _largest_threshold(is_enough, keys.shape[0]), 0)
+    return jnp.where(top_p < 1.0, _largest_threshold(is_enough, keys.shape[0], digit_bits), 0)
 
 
-def _gumbel(seeds: jax.Array, counters: jax.Array, size: int) -> jax.Array:
-    """float32 [R, V] of the standard Gumbel distribution, a function of each row's seed and counter alone."""
+def _likely_ids(logits: jax.Array) -> jax.Array:
+    """int32 [R, MAX_FEW * BLOCK]: all tokens of the `MAX_FEW` blocks with the largest maxima, from the lowest id.
 
-    def row(seed, counter):
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), counter)
-        return jax.random.bits(key, (size,), jnp.uint32)
+    Each of a row's `MAX_FEW` largest logits is in one of them: else as many blocks would have a larger one.
+    """
+    num_rows, vocab_size = logits.shape
+    keys = jnp.pad(_sort_keys(logits), ((0, 0), (0, -vocab_size % BLOCK)))
+    maxima = jnp.max(keys.reshape(num_rows, -1, BLOCK), axis=-1)  # [R, blocks]
+    least = _top_k_threshold(maxima, jnp.full((num_rows,), MAX_FEW), digit_bits=4)[:, None]
+    is_above, is_equal = maxima > least, maxima == least
+    room = MAX_FEW - jnp.sum(is_above, axis=-1, keepdims=True)
+    is_taken = is_above | (is_equal & (jnp.cumsum(is_equal, axis=-1) <= room))
+    place = jnp.where(is_taken, jnp.cumsum(is_taken, axis=-1) - 1, MAX_FEW)
+    rows = jnp.arange(num_rows)[:, None]
+    number = jnp.broadcast_to(jnp.arange(maxima.shape[1], dtype=jnp.int32), maxima.shape)
+    blocks = jnp.zeros((num_rows, MAX_FEW), jnp.int32).at[rows, place].set(number, mode="drop")
+    ids = blocks[:, :, None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
+    return ids.reshape(num_rows, -1)
 
-    return _gumbel_of_bits(jax.vmap(row)(seeds, counters))
+
+def _gumbel(seeds: jax.Array, counters: jax.Array, ids: jax.Array) -> jax.Array:
+    """float32 [R, n] of the standard Gumbel distribution, a function of each row's seed and counter and of the token's
+    id (int32 [R, n]) alone: `jax.random.bits` of the whole vocabulary, at those places."""
+
+    def row_key(seed, counter):
+        return jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), counter)
+
+    key = jax.random.key_data(jax.vmap(row_key)(seeds, counters))  # [R, 2]
+    low = ids.astype(jnp.uint32)
+    first, second = (jnp.broadcast_to(key[:, half, None], ids.shape) for half in (0, 1))
+    bits = threefry2x32_p.bind(first, second, jnp.zeros_like(low), low)
+    return _gumbel_of_bits(bits[0] ^ bits[1])
 
 
 def _gumbel_of_bits(bits: jax.Array) -> jax.Array:

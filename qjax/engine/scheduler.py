@@ -46,7 +46,7 @@ class SchedulerConfig:
             raise ValueError(f"scheduling_policy must be fcfs or priority, got {self.policy!r}.")
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class ScheduledChunk:
     """Tokens [start, start + num_tokens) of a request, computed in one step."""
 
@@ -119,7 +119,7 @@ class Scheduler:
     @property
     def num_held_back(self) -> int:
         """Running requests that `schedule` passes over until their last token is read."""
-        return sum(is_held_back(request) for request in self.running)
+        return sum(request.may_be_held_back and is_held_back(request) for request in self.running)
 
     @property
     def num_waiting(self) -> int:
@@ -199,7 +199,7 @@ class Scheduler:
             # never the other way round: so nothing that is in this step already loses its pages.
             if not request.has_device_token:
                 continue
-            if is_held_back(request):
+            if request.may_be_held_back and is_held_back(request):
                 budget -= 1  # nobody comes in on its place in the step: it will be back
                 continue
             if not self._may_grow(request) or not self._make_room(request, preempted):

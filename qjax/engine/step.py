@@ -6,7 +6,7 @@ lies in it, for the host (numpy views) and for the device (slices) alike.
 
 import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -35,12 +35,19 @@ class StepOptions:
 
     sampling: bool = False  # some row has a temperature
     filtering: bool = False  # and some row has top_k or top_p
+    few: bool = False  # and all of these rows have a small top_k
     penalties: bool = False
     num_edits: int = 0  # M: logit edits a row (bias, allowed and banned tokens)
     masked: bool = False  # some row obeys a grammar
     num_logprobs: int | None = None  # likeliest tokens returned a row; None: no logprobs at all
     num_prompt_logprobs: int | None = None
     pooling: bool = False  # the step gives hidden states; nothing is sampled
+
+    def covers(self, other: "StepOptions") -> bool:
+        """Whether a step with these options gives what one with the `other` ones does: it samples more ways."""
+        is_same_otherwise = replace(other, sampling=self.sampling, filtering=self.filtering, few=self.few) == self
+        is_drawn = self.filtering >= other.filtering and self.few <= other.few
+        return is_same_otherwise and self.sampling >= other.sampling and (is_drawn or not other.sampling)
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +170,7 @@ def step(
             seeds=meta["seeds"],
             counters=lengths,
         )
-        tokens = sample(logits, params)
+        tokens = sample(logits, params, is_few=options.few)
     else:
         tokens = greedy(logits)
 

@@ -162,7 +162,8 @@ def test_noise_is_finite_and_fine_where_it_is_large():
     # Two tokens of a large, flat vocabulary tie only if they have the same 32 bits.
     noise = np.asarray(jax.jit(sampler._gumbel_of_bits)(jnp.arange(100_000, dtype=jnp.uint32)))
     assert np.all(np.diff(noise) < 0)
-    noise = np.asarray(jax.jit(sampler._gumbel, static_argnums=2)(options(2).seeds, jnp.zeros(2, jnp.int32), 50_000))
+    ids = np.tile(np.arange(50_000, dtype=np.int32), (2, 1))
+    noise = np.asarray(jax.jit(sampler._gumbel)(options(2).seeds, jnp.zeros(2, jnp.int32), ids))
     assert np.allclose(noise.mean(axis=1), 0.5772, atol=0.03)
     assert np.allclose(noise.var(axis=1), np.pi**2 / 6, atol=0.05)
 
@@ -190,6 +191,44 @@ def test_a_row_alone_draws_as_in_any_batch(size):
     for rows in (order, order[:5], *([row] for row in range(num_rows))):
         some = options(len(rows), **{name: value[rows] for name, value in settings.items()})
         np.testing.assert_array_equal(np.asarray(jit_sample(jnp.asarray(logits[rows]), some)), tokens[rows])
+
+
+def few_settings(num_rows) -> dict:
+    settings = mixed_batch(num_rows, 1)[1]
+    top_k = np.random.default_rng(3).choice([1, 2, 20, 63, sampler.MAX_FEW], num_rows)
+    return {**settings, "top_k": np.where(settings["temperature"] > 0, top_k, settings["top_k"])}
+
+
+@pytest.mark.parametrize("size", [2049, 6144, 50_000])
+@pytest.mark.parametrize("kind", ["normal", "rounded", "together", "banned"])
+def test_small_top_k_draws_the_same_tokens_from_the_likely_blocks(size, kind):
+    num_rows = 64
+    settings, logits = few_settings(num_rows), normal(num_rows, size, seed=4)
+    match kind:
+        case "rounded":  # ties at every rank, but not in more than 64 blocks of the largest ones
+            logits = np.round(logits * 40) / 40
+        case "together":  # the largest in few blocks
+            logits[:, 100:170] += 30
+        case "banned":
+            logits[:, :-40] = -np.inf
+    batch = options(num_rows, **settings)
+    few = jax.jit(sampler.sample, static_argnames="is_few")(jnp.asarray(logits), batch, is_few=True)
+    np.testing.assert_array_equal(np.asarray(few), np.asarray(jit_sample(jnp.asarray(logits), batch)))
+
+
+def test_small_top_k_of_equal_logits_draws_some_token():
+    logits = jnp.zeros((3, 10_000)).at[1, 0].set(jnp.nan).at[2].set(-jnp.inf)
+    few = jax.jit(sampler.sample, static_argnames="is_few")(logits, options(3, top_k=20), is_few=True)
+    assert 0 <= few[0] < 10_000
+    assert few[1:].tolist() == [-1, -1]
+
+
+def test_noise_is_jax_s_own():
+    key = jax.random.fold_in(jax.random.wrap_key_data(np.asarray([1, 2], np.uint32), impl="threefry2x32"), 7)
+    bits = jax.random.bits(key, (3000,), jnp.uint32)
+    ids = np.asarray([[5, 2999, 0, 700]], np.int32)
+    noise = sampler._gumbel(np.asarray([[1, 2]], np.uint32), np.asarray([7]), ids)
+    np.testing.assert_array_equal(np.asarray(noise), np.asarray(sampler._gumbel_of_bits(bits[ids])))
 
 
 def test_greedy_rows_are_argmax_in_a_mixed_batch():
