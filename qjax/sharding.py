@@ -16,7 +16,9 @@ _DATA, _TENSOR = "data", "tensor"
 RULES: tuple[tuple[str, str | None], ...] = (
     ("vocab", _TENSOR),
     ("kv_heads", _TENSOR),  # a KV head travels with its query heads
-    ("mlp", _TENSOR),
+    ("mlp", _TENSOR),  # also of each expert
+    ("experts", None),
+    ("experts_of_token", None),
     ("embed", None),
     ("heads_of_kv", None),  # the query heads of one KV head; in a fused qkv kernel also its k and v
     ("head_dim", None),
@@ -83,6 +85,11 @@ def spec(*axes: str | None) -> PartitionSpec:
 def spec_like(x: jax.Array, *axes: str | None) -> PartitionSpec:
     """Spec of an array whose first axis is split as `x`'s first one is (tokens) and whose others are `axes`."""
     return PartitionSpec(jax.typeof(x).sharding.spec[0], *spec(*axes))
+
+
+def token_axis(x: jax.Array) -> str:
+    """The logical first axis of x [T, ...] for `per_shard`: "rows" in training, where devices split T, or "tokens"."""
+    return "tokens" if jax.typeof(x).sharding.spec[0] is None else "rows"
 
 
 def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:

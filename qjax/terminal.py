@@ -120,12 +120,18 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
     embeddings = "shared with the output" if model.tie_word_embeddings else "output separate"
     rope = f", {model.rope_scaling['rope_type']} × {model.rope_scaling['factor']}" if model.rope_scaling else ""
     quantized = "" if model.quantization is None else f", quantised: {model.quantization.method}"
+    feed_forward = f"feed-forward {model.intermediate_size}"
+    if model.num_sparse_layers:
+        feed_forward = (
+            f"in {model.num_sparse_layers} of them {model.num_experts} experts of {model.moe_intermediate_size}, "
+            f"{model.num_experts_per_tok} a token ({_count(model.num_active_params)} parameters)"
+        )
     rows = {
         "folder": folder,
         "architecture": model.architecture,
         "made for": "text" if pooling is None else {"embed": "embeddings", "score": "scores"}[pooling.kind],
         "parameters": f"{_count(model.num_params)} ({model.dtype}{quantized})",
-        "layers": f"{model.num_hidden_layers}, hidden size {model.hidden_size}, feed-forward {model.intermediate_size}",
+        "layers": f"{model.num_hidden_layers}, hidden size {model.hidden_size}, {feed_forward}",
         "attention": f"{model.num_attention_heads} query and {model.num_key_value_heads} KV heads of {model.head_dim}",
         "vocabulary": f"{model.vocab_size} ({embeddings})",
         "context": f"{model.max_context_len} tokens{rope}",

@@ -63,6 +63,12 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_s
             return _int4_words(prefix, module, config, num_kv_heads)
         case (_, "scales_zeros"):
             return _int4_scales(prefix, module, config, num_kv_heads)
+        case ("gate", "kernel"):
+            return _transposed(f"{prefix}.gate.weight", (config.num_experts, D), axis=1)
+        case ("experts", "gate_up_proj"):
+            return _experts_gate_up(f"{prefix}.experts", config)
+        case ("experts", "down_proj"):
+            return _experts_down(f"{prefix}.experts", config)
         case ("q_norm" | "k_norm", _):
             return _plain(f"{prefix}.{module}.weight", (config.head_dim,))
         case ("norm" | "input_layernorm" | "post_attention_layernorm", _):
@@ -246,6 +252,38 @@ def _gate_up(prefix: str, kind: str, D: int, F: int) -> Leaf:
         return out
 
     return Leaf(dict.fromkeys(names, (F, D)), 2, read, lambda leaf: {n: leaf[:, i].T for i, n in enumerate(names)})
+
+
+def _experts_gate_up(prefix: str, config: ModelConfig) -> Leaf:
+    """[E, D, 2, F] of each expert's gate_proj and up_proj [F, D]."""
+    E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    names = [(f"{prefix}.{e}.gate_proj.weight", f"{prefix}.{e}.up_proj.weight") for e in range(E)]
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        out = np.empty((E, D, 2, stop - start), tensors[names[0][0]].dtype)
+        for e, pair in enumerate(names):
+            for i, name in enumerate(pair):
+                _transpose_into(out[e, :, i], tensors[name][start:stop])
+        return out
+
+    def write(leaf: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: leaf[e, :, i].T for e, pair in enumerate(names) for i, name in enumerate(pair)}
+
+    return Leaf(dict.fromkeys([name for pair in names for name in pair], (F, D)), 3, read, write)
+
+
+def _experts_down(prefix: str, config: ModelConfig) -> Leaf:
+    """[E, F, D] of each expert's down_proj [D, F]."""
+    E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+    names = [f"{prefix}.{e}.down_proj.weight" for e in range(E)]
+
+    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
+        out = np.empty((E, stop - start, D), tensors[names[0]].dtype)
+        for part, name in zip(out, names, strict=True):
+            _transpose_into(part, tensors[name][:, start:stop])
+        return out
+
+    return Leaf(dict.fromkeys(names, (D, F)), 1, read, lambda leaf: {n: leaf[e].T for e, n in enumerate(names)})
 
 
 def _qkv(prefix: str, kind: str, D: int, H: int, config: ModelConfig, K: int) -> Leaf:

@@ -145,7 +145,11 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
 def _activation_bytes(model: ModelConfig, itemsize: int, tp: int, max_num_seqs: int, num_tokens: int) -> int:
     """An upper estimate of a step's temporaries and of the per-request state, on one device."""
     heads = (model.num_attention_heads + 2 * model.num_key_value_heads) * model.head_dim
-    layer = num_tokens * (6 * model.hidden_size + (2 * heads + 4 * model.intermediate_size) // tp) * itemsize
+    feed_forward = model.intermediate_size if model.num_sparse_layers < model.num_hidden_layers else 0
+    layer = num_tokens * (6 * model.hidden_size + (2 * heads + 4 * feed_forward) // tp) * itemsize
+    if model.num_sparse_layers:  # rows sorted by expert, with padding, and the experts' work on them
+        rows = num_tokens * model.num_experts_per_tok + 128 * min(model.num_experts, num_tokens)
+        layer += rows * (3 * model.hidden_size + 3 * model.moe_intermediate_size // tp) * itemsize
     logits = 4 * (max_num_seqs + MAX_PREFILLS) * model.vocab_size * 4
     if model.quantization is not None:  # the largest weight's numbers, of this layer and the next
         layer += 2 * 2 * model.hidden_size * model.intermediate_size * itemsize // tp

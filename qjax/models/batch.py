@@ -49,6 +49,15 @@ class Batch:
 
     implementation: ClassVar[str | None] = None  # of the model's kernels: the fastest here
 
+    @property
+    def is_token(self) -> jax.Array:
+        """bool [T]; False: padding."""
+        return self.slots >= 0
+
+    def after_routing(self, probs: jax.Array, experts: jax.Array, cache: jax.Array) -> jax.Array:
+        """The cache: what a router decided matters in training only."""
+        return cache
+
     def attend(
         self,
         parts: jax.Array,

@@ -5,7 +5,7 @@ from typing import Any
 
 from qjax.quantization.config import Quantization
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM")
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2ForCausalLM")
 # What `from_hf` reads of a config.json.
 HF_FIELDS = {
     "architectures",
@@ -25,6 +25,14 @@ HF_FIELDS = {
     "attention_bias",
     "hidden_act",
     "use_sliding_window",
+    "num_experts",
+    "num_local_experts",  # the same, as transformers 5 writes it
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "decoder_sparse_step",
+    "mlp_only_layers",
+    "router_aux_loss_coef",
     "quantization_config",
     "dtype",
     "torch_dtype",
@@ -33,6 +41,10 @@ HF_FIELDS = {
     "classifier_from_token",  # this and the next are read by checkpoint/pooling
     "is_original_qwen3_reranker",
 }
+NO_QUANTIZED_EXPERTS = (
+    "a mixture of experts (Qwen3MoeForCausalLM) with quantised experts (FP8, AWQ, GPTQ) is not supported yet. Use its "
+    "checkpoint in bfloat16."
+)
 # Kinds of rotary embedding in models/rope.py: needed keys, then those that may be there.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -54,7 +66,7 @@ ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of a dense Qwen model. Field names are Hugging Face's."""
+    """Sizes and switches of a Qwen model. Field names are Hugging Face's."""
 
     architecture: str
     vocab_size: int
@@ -75,6 +87,13 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     quantization: Quantization | None = None  # None: weights are as they are computed with
+    num_experts: int = 0  # E of a sparse layer; 0: every layer is dense
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0  # of one expert; intermediate_size is that of dense layers
+    norm_topk_prob: bool = False  # the weights of a token's experts are scaled to sum to 1
+    decoder_sparse_step: int = 1  # every so many layers one is sparse, but for those of mlp_only_layers
+    mlp_only_layers: tuple[int, ...] = ()
+    router_aux_loss_coef: float = 0.0  # of the load-balancing loss in training
 
     def __hash__(self) -> int:  # rope_scaling is a dict
         return hash(repr(self))
@@ -82,7 +101,16 @@ class ModelConfig:
     @property
     def attention_output_bias(self) -> bool:
         """o_proj has a bias: where attention_bias is set, in Qwen3 but not in Qwen2."""
-        return self.attention_bias and self.architecture == "Qwen3ForCausalLM"
+        return self.attention_bias and self.architecture != "Qwen2ForCausalLM"
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's feed-forward is a mixture of experts."""
+        is_in_step = self.num_experts > 0 and (layer + 1) % self.decoder_sparse_step == 0
+        return is_in_step and layer not in self.mlp_only_layers
+
+    @property
+    def num_sparse_layers(self) -> int:
+        return sum(self.is_sparse(layer) for layer in range(self.num_hidden_layers))
 
     @property
     def max_context_len(self) -> int:
@@ -101,10 +129,18 @@ class ModelConfig:
         """Number of parameters, embeddings counted once when tied."""
         d, h = self.hidden_size, self.head_dim
         n, k = self.num_attention_heads, self.num_key_value_heads
-        layer = d * (n + 2 * k) * h + n * h * d + 3 * d * self.intermediate_size + 2 * d
+        layer = d * (n + 2 * k) * h + n * h * d + 2 * d
         layer += (n + 2 * k) * h * self.attention_bias + d * self.attention_output_bias + 2 * h * self.qk_norm
+        dense = (self.num_hidden_layers - self.num_sparse_layers) * 3 * d * self.intermediate_size
+        sparse = self.num_sparse_layers * (self.num_experts * 3 * d * self.moe_intermediate_size + d * self.num_experts)
         embeddings = self.vocab_size * d * (1 if self.tie_word_embeddings else 2)
-        return self.num_hidden_layers * layer + embeddings + d
+        return self.num_hidden_layers * layer + dense + sparse + embeddings + d
+
+    @property
+    def num_active_params(self) -> int:
+        """Those that one token is multiplied with or looked up in: all but the experts it is not sent to."""
+        idle = self.num_experts - self.num_experts_per_tok
+        return self.num_params - self.num_sparse_layers * idle * 3 * self.hidden_size * self.moe_intermediate_size
 
     def weights_bytes(self, itemsize: int) -> int:
         """Bytes of all parameters, those that are not quantised with `itemsize`, embeddings counted once when tied."""
@@ -128,6 +164,8 @@ class ModelConfig:
           ValueError: that is neither the checkpoint's own nor made while loading.
         """
         own = None if self.quantization is None else self.quantization.method
+        if self.num_experts and method is not None:
+            raise ValueError(f"quantization={method!r}: {NO_QUANTIZED_EXPERTS}")
         if own is None and method == "fp8":
             return replace(self, quantization=Quantization("fp8", is_made=True))
         if method not in (None, own):
@@ -175,7 +213,7 @@ class ModelConfig:
                 raise ValueError(f"config.json: {name} is missing.")
             return config[name]
 
-        is_qwen3 = architecture == "Qwen3ForCausalLM"
+        is_qwen3 = architecture != "Qwen2ForCausalLM"
         heads = need("num_attention_heads")
         kv_heads = config.get("num_key_value_heads") or heads
         if heads % kv_heads:
@@ -183,6 +221,9 @@ class ModelConfig:
                 f"config.json: num_attention_heads={heads} is no multiple of num_key_value_heads={kv_heads}."
             )
         quantization = config.get("quantization_config")
+        experts = _experts_of(config) if architecture == "Qwen3MoeForCausalLM" else {}
+        if experts and quantization:
+            raise ValueError(f"config.json: quantization_config: {NO_QUANTIZED_EXPERTS}")
         rope = _rope_of(config)
         rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
         eos = config.get("eos_token_id")
@@ -206,7 +247,29 @@ class ModelConfig:
             eos_token_ids=tuple(eos) if isinstance(eos, list) else (() if eos is None else (eos,)),
             bos_token_id=config.get("bos_token_id"),
             quantization=Quantization.from_hf(quantization) if quantization else None,
+            **experts,
         )
+
+
+def _experts_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a mixture of experts, checked. transformers 5 calls num_experts num_local_experts too."""
+    fields: dict[str, Any] = {"num_experts": config.get("num_experts") or config.get("num_local_experts")}
+    fields |= {name: config.get(name) for name in ("num_experts_per_tok", "moe_intermediate_size")}
+    fields["decoder_sparse_step"] = config.get("decoder_sparse_step") or 1
+    for name, value in fields.items():
+        if value is None:
+            raise ValueError(f"config.json: {name} is missing.")
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json: {name} must be a whole number above 0, got {value!r}.")
+    if fields["num_experts_per_tok"] > fields["num_experts"]:
+        raise ValueError(
+            f"config.json: num_experts_per_tok={fields['num_experts_per_tok']} is more than "
+            f"num_experts={fields['num_experts']}."
+        )
+    fields["mlp_only_layers"] = tuple(config.get("mlp_only_layers") or ())
+    fields["norm_topk_prob"] = bool(config.get("norm_topk_prob", False))
+    fields["router_aux_loss_coef"] = float(config.get("router_aux_loss_coef", 0.001))
+    return fields
 
 
 def apply_overrides(

@@ -1,4 +1,4 @@
-"""Qwen3 (and Qwen2) as a Flax module, top to bottom: model, decoder layer, attention, feed-forward.
+"""Qwen3 (and Qwen2) as a Flax module, top to bottom: model, decoder layer, attention, dense feed-forward.
 
 The model knows tokens, positions and its weights; how attention finds earlier keys and values is the batch's
 matter (`attend`): the paged batch of the engine or a dense one. Fused weights lie so that tensor parallelism splits
@@ -17,6 +17,7 @@ from qjax import sharding
 from qjax.kernels.elementwise import sum_parts
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Linear, RMSNorm, matmul
+from qjax.models.moe import MoEFeedForward
 from qjax.models.quantized import projection
 from qjax.models.rope import rope_angles
 
@@ -33,15 +34,20 @@ class AttendingBatch(Protocol):
     @property
     def positions(self) -> jax.Array: ...  # int32 [T]
 
+    @property
+    def is_token(self) -> jax.Array: ...  # bool [T]; False: padding, which no expert sees
+
     implementation: ClassVar[str | None]  # of kernels outside attention; "reference" has gradients
 
     def attend(
         self, parts: jax.Array, norms: QKNorms | None, eps: float, rope: Rope, cache: Any, layer: jax.Array | int
     ) -> tuple[jax.Array, Any]: ...  # parts [N, T, K, G + 2, H] → [T, K, G, H], cache
 
+    def after_routing(self, probs: jax.Array, experts: jax.Array, cache: Any) -> Any: ...  # [T, E], [T, k] → cache
+
 
 class Qwen3ForCausalLM(nnx.Module):
-    """A dense Qwen decoder. Parameters have Hugging Face's names, fused ones vLLM's.
+    """A Qwen decoder, dense or with experts. Parameters have Hugging Face's names, fused ones vLLM's.
 
     Args:
       dtype: of the weights, and so of the residual stream.
@@ -59,9 +65,12 @@ class Qwen3ForCausalLM(nnx.Module):
         tensor_parallel_size: int = 1,
         rngs: nnx.Rngs | None = None,
     ):
-        sharding.check_split(
-            tensor_parallel_size, intermediate_size=config.intermediate_size, vocab_size=config.vocab_size
-        )
+        sizes = {"vocab_size": config.vocab_size}
+        if config.num_sparse_layers < config.num_hidden_layers:
+            sizes["intermediate_size"] = config.intermediate_size
+        if config.num_sparse_layers:
+            sizes["moe_intermediate_size"] = config.moe_intermediate_size
+        sharding.check_split(tensor_parallel_size, **sizes)
         if config.quantization is not None:
             config.quantization.check_sizes(
                 tensor_parallel_size,
@@ -73,10 +82,7 @@ class Qwen3ForCausalLM(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
-            [
-                DecoderLayer(config, f"model.layers.{i}", heads, dtype=dtype, rngs=rngs)
-                for i in range(config.num_hidden_layers)
-            ]
+            [DecoderLayer(config, i, heads, dtype=dtype, rngs=rngs) for i in range(config.num_hidden_layers)]
         )
         self.norm = RMSNorm(config.hidden_size, "embed", config.rms_norm_eps, dtype=dtype)
         shape, axes = (config.hidden_size, config.vocab_size), ("embed", "vocab")
@@ -107,16 +113,19 @@ def _run_layer(graphdef, state, *args):
 
 
 class DecoderLayer(nnx.Module):
-    """`name` is the checkpoint's, as in the modules below: it says what is quantised."""
-
     def __init__(
-        self, config: ModelConfig, name: str, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None
+        self, config: ModelConfig, index: int, heads: tuple[int, int], *, dtype: jnp.dtype, rngs: nnx.Rngs | None
     ):
+        name = f"model.layers.{index}"  # the checkpoint's: it says what is quantised
         size, eps = config.hidden_size, config.rms_norm_eps
         self.input_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
         self.self_attn = Attention(config, f"{name}.self_attn", heads, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
-        self.mlp = FeedForward(config, f"{name}.mlp", dtype=dtype, rngs=rngs)
+        self.mlp = (
+            MoEFeedForward(config, dtype=dtype, rngs=rngs)
+            if config.is_sparse(index)
+            else FeedForward(config, f"{name}.mlp", dtype=dtype, rngs=rngs)
+        )
 
     def __call__(
         self,
@@ -131,6 +140,8 @@ class DecoderLayer(nnx.Module):
         x, normed = self.input_layernorm.after(x, parts, batch.implementation)
         attended, cache = self.self_attn(normed, rope, batch, cache, layer)
         x, normed = self.post_attention_layernorm.after(x, attended, batch.implementation)
+        if isinstance(self.mlp, MoEFeedForward):
+            return x, *self.mlp(normed, batch, cache)
         return x, self.mlp(normed, batch.implementation), cache
 
 

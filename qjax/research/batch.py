@@ -7,10 +7,32 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from qjax import sharding
 from qjax.kernels.elementwise import norm_and_rotate, sum_parts
 from qjax.research.attention import block_causal_mask, dense_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class RouterSums:
+    """What the load-balancing loss needs of all routers together; padding does not count."""
+
+    chosen: jax.Array  # float32 [E] assignments to each expert
+    probs: jax.Array  # float32 [E] sums of the router's probabilities
+    rows: jax.Array  # float32 tokens, each counted once a sparse layer
+
+    @classmethod
+    def zeros(cls, num_experts: int) -> "RouterSums":
+        return cls(jnp.zeros(num_experts), jnp.zeros(num_experts), jnp.zeros(()))
+
+    @property
+    def loss(self) -> jax.Array:
+        """Least where all experts are chosen equally often: equations 4 to 6 of Fedus et al. 2021, "Switch
+        Transformers" (arXiv:2101.03961), over all layers together and times k, as transformers computes it."""
+        rows = jnp.maximum(self.rows, 1.0)
+        return len(self.chosen) * jnp.sum(self.chosen / rows * (self.probs / rows))
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +46,22 @@ class PackedBatch:
     row_length: int = field(metadata={"static": True})  # L
     attention: str = field(default="xla", metadata={"static": True})  # "xla" or "cudnn"
     implementation: ClassVar[str | None] = "reference"  # of the model's kernels: what has gradients
+
+    @property
+    def is_token(self) -> jax.Array:
+        """bool [T]; False: padding."""
+        return self.segment_ids > 0
+
+    def after_routing(self, probs: jax.Array, experts: jax.Array, cache: "RouterSums | None") -> "RouterSums | None":
+        """The sums over layers with this layer's routing added; None: nobody asked for them."""
+        if cache is None:
+            return None
+        real = self.is_token.astype(jnp.float32)
+        is_chosen = experts[:, :, None] == jnp.arange(probs.shape[1])  # [T, k, E]
+        chosen = jnp.sum(is_chosen * real[:, None, None], axis=(0, 1))
+        return RouterSums(
+            cache.chosen + chosen, cache.probs + jnp.sum(real[:, None] * probs, axis=0), cache.rows + jnp.sum(real)
+        )
 
     def attend(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,10 +65,10 @@ def export_folder(
         else [f"model-{i + 1:05}-of-{num_shards:05}.safetensors" for i in range(num_shards)]
     )
     weight_map = {name: names[i] for name, i in _assign(sizes, num_shards).items()}
-    shard: dict[str, np.ndarray] = {}
+    num_tensors, shard = Counter(weight_map.values()), dict[str, np.ndarray]()
     for name, tensor in tensors:
         shard[name] = tensor
-        if len(shard) == sum(file == weight_map[name] for file in weight_map.values()):
+        if len(shard) == num_tensors[weight_map[name]]:
             path = folder / weight_map[name]
             save_file(shard, path, metadata={"format": "pt"})
             shutil.copymode(folder / "config.json", path)  # save_file leaves a file that only its owner reads

@@ -15,7 +15,7 @@ from qjax.kernels.elementwise import add_parts
 from qjax.models.qwen3 import ModelDef, merge
 from qjax.models.rope import rope_angles
 from qjax.research import loss
-from qjax.research.batch import PackedBatch
+from qjax.research.batch import PackedBatch, RouterSums
 
 
 @dataclass(frozen=True)
@@ -31,20 +31,28 @@ def hidden_states(
     modeldef: ModelDef, leaves: tuple[jax.Array, ...], batch: PackedBatch, options: ForwardOptions
 ) -> jax.Array:
     """States after the last norm, [T, D] in the compute dtype."""
+    return states_and_routing(modeldef, leaves, batch, options)[0]
+
+
+def states_and_routing(
+    modeldef: ModelDef, leaves: tuple[jax.Array, ...], batch: PackedBatch, options: ForwardOptions
+) -> tuple[jax.Array, RouterSums | None]:
+    """States after the last norm, and what the routers of a mixture of experts did (None: the model has none)."""
     masters = merge(modeldef, leaves)
     model = merge(modeldef, tuple(leaf.astype(options.dtype) for leaf in leaves))
     where = sharding.spec_like(batch.token_ids, "embed")
     x = masters.embed_tokens.weight[...].at[batch.token_ids].get(out_sharding=where).astype(options.dtype)
     rope = rope_angles(batch.positions, model.config)
+    sums = RouterSums.zeros(model.config.num_experts) if model.config.num_sparse_layers else None
     for index, layer in enumerate(model.layers):
 
-        def run(x: jax.Array, layer=layer, index: int = index) -> jax.Array:
-            x, parts, _ = layer(x, None, rope, batch, None, index)
-            return add_parts(x, parts)
+        def run(x: jax.Array, sums: RouterSums | None, layer=layer, index: int = index):
+            x, parts, sums = layer(x, None, rope, batch, sums, index)
+            return add_parts(x, parts), sums
 
         with jax.named_scope(f"layer_{index}"):
-            x = jax.checkpoint(run)(x) if options.remat else run(x)
-    return model.norm(x)
+            x, sums = jax.checkpoint(run)(x, sums) if options.remat else run(x, sums)
+    return model.norm(x), sums
 
 
 def token_logprobs(

@@ -108,6 +108,13 @@ class AdapterDef:
 
 
 def make_adapter_def(config: LoRAConfig, model: ModelConfig, modeldef: ModelDef, mesh: jax.sharding.Mesh) -> AdapterDef:
+    """Raises ValueError for modules that have no adapters: those of experts."""
+    experts = [name for name in config.target_modules if OWNERS[name].startswith("mlp")]
+    if model.num_sparse_layers and experts:
+        raise ValueError(
+            f"lora: target_modules={', '.join(experts)}: adapters of experts (Qwen3MoeForCausalLM) are not supported. "
+            "Choose among q_proj, k_proj, v_proj and o_proj."
+        )
     tp = sharding.tensor_parallel_size(mesh)
     K, G = sharding.split_heads(model.num_attention_heads, model.num_key_value_heads, tp)
     D, F, H, heads, r = (

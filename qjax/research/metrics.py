@@ -47,7 +47,7 @@ class LogRecord:
 def flops_per_token(config: ModelConfig, mean_context: float) -> float:
     """Of a forward and a backward pass: 6 a weight that is multiplied, 12 N H a layer and token attended to
     (Chowdhery et al. 2022, arXiv:2204.02311, appendix B; causal, so `mean_context` is what a token really sees)."""
-    weights = config.num_params
+    weights = config.num_active_params
     if not config.tie_word_embeddings:
         weights -= config.vocab_size * config.hidden_size  # the lookup multiplies nothing
     attention = 12 * config.num_hidden_layers * config.num_attention_heads * config.head_dim * mean_context

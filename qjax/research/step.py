@@ -11,7 +11,7 @@ import optax
 
 from qjax.models.qwen3 import ModelDef
 from qjax.research.batch import PackedBatch
-from qjax.research.forward import ForwardOptions, hidden_states, token_logprobs
+from qjax.research.forward import ForwardOptions, states_and_routing, token_logprobs
 
 Leaves = tuple[jax.Array, ...]
 Assemble = Callable[[Leaves, Leaves], Leaves]  # (trained, frozen) → the model's leaves
@@ -42,7 +42,7 @@ class TrainBatch:
 class StepMetrics:
     """Of one step, read from what `train_step` returns."""
 
-    loss: float  # mean over the targets with weight
+    loss: float  # mean over the targets with weight; of a mixture of experts with its load-balancing loss
     grad_norm: float  # before clipping; where it is no number the step has changed nothing
     num_targets: int
     num_tokens: int  # places that hold a token
@@ -68,6 +68,7 @@ class StepDef:
     forward: ForwardOptions
     optimizer: optax.GradientTransformation
     assemble: Assemble
+    router_aux_loss_coef: float = 0.0  # of the load-balancing loss of a mixture of experts
 
 
 def train_step(
@@ -82,9 +83,12 @@ def train_step(
     def total_loss(params: Leaves, part: TrainBatch) -> jax.Array:
         leaves = static.assemble(params, frozen)
         packed = PackedBatch(part.token_ids, part.positions, part.segment_ids, static.row_length, static.implementation)
-        hidden = hidden_states(static.modeldef, leaves, packed, static.forward)
+        hidden, routing = states_and_routing(static.modeldef, leaves, packed, static.forward)
         logprobs = token_logprobs(static.modeldef, leaves, hidden, part.targets, static.row_length, static.forward)
-        return -jnp.sum(logprobs * part.weights)
+        loss = -jnp.sum(logprobs * part.weights)
+        if routing is not None:  # it weighs as much as the part does in the mean
+            loss += static.router_aux_loss_coef * routing.loss * jnp.sum(part.weights)
+        return loss
 
     gradient = jax.value_and_grad(total_loss)
     if batch.token_ids.shape[0] == 1:

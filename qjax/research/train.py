@@ -110,6 +110,7 @@ class Trainer:
             forward=ForwardOptions(jnp.dtype(self.dtype), config.remat, config.num_loss_chunks),
             optimizer=optimizer,
             assemble=assemble,
+            router_aux_loss_coef=self.model_config.router_aux_loss_coef,
         )
         with jax.set_mesh(self.mesh):
             self.state = TrainState(leaves, jax.jit(optimizer.init)(leaves))
