@@ -27,6 +27,14 @@ TINY = {
     "eos_token_id": 1,
     "torch_dtype": "bfloat16",
 }
+MOE = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
 GENERATION = {"do_sample": True, "eos_token_id": [1, 2], "temperature": 0.6, "top_k": 20, "top_p": 0.95}
 
 
@@ -56,7 +64,7 @@ def write_checkpoint(
 
 
 def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's tensors of a Qwen3, or of a Qwen2 where `architectures` says so."""
+    """Hugging Face's tensors of a Qwen3, or as `architectures` says a Qwen2 or a Qwen3-MoE (all layers sparse)."""
     D, F, V, H = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
     N, K = config["num_attention_heads"] * H, config["num_key_value_heads"] * H
     is_qwen2 = "Qwen2ForCausalLM" in config["architectures"]
@@ -67,8 +75,16 @@ def shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         p = f"model.layers.{layer}"
         out |= {f"{p}.input_layernorm.weight": (D,), f"{p}.post_attention_layernorm.weight": (D,)}
         out |= {f"{p}.self_attn.{x}_proj.weight": (size, D) for x, size in (("q", N), ("k", K), ("v", K))}
-        out |= {f"{p}.self_attn.o_proj.weight": (D, N), f"{p}.mlp.down_proj.weight": (D, F)}
-        out |= {f"{p}.mlp.gate_proj.weight": (F, D), f"{p}.mlp.up_proj.weight": (F, D)}
+        out[f"{p}.self_attn.o_proj.weight"] = (D, N)
+        feed_forwards = {f"{p}.mlp": F}
+        if "Qwen3MoeForCausalLM" in config["architectures"]:
+            out[f"{p}.mlp.gate.weight"] = (config["num_experts"], D)
+            feed_forwards = {
+                f"{p}.mlp.experts.{e}": config["moe_intermediate_size"] for e in range(config["num_experts"])
+            }
+        for owner, size in feed_forwards.items():
+            out |= {f"{owner}.gate_proj.weight": (size, D), f"{owner}.up_proj.weight": (size, D)}
+            out[f"{owner}.down_proj.weight"] = (D, size)
         if not is_qwen2:
             out |= {f"{p}.self_attn.{x}_norm.weight": (H,) for x in "qk"}
         if is_qwen2 or config["attention_bias"]:

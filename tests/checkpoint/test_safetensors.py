@@ -13,11 +13,11 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qjax import sharding
-from qjax.checkpoint import safetensors
+from qjax.checkpoint import names, safetensors
 from qjax.checkpoint.safetensors import dummy_params, load_params, save_params
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import abstract_model
-from tests.tiny import TINY, write_checkpoint
+from tests.tiny import MOE, TINY, write_checkpoint
 
 ONE = sharding.make_mesh(1)
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -61,6 +61,7 @@ VARIANTS = [
     {"architectures": ["Qwen2ForCausalLM"]},
     {"num_key_value_heads": 8},
     {"num_key_value_heads": 1},
+    MOE,
 ]
 
 
@@ -141,6 +142,40 @@ def test_the_host_never_holds_more_than_a_few_parts(tmp_path, monkeypatch):
         tracemalloc.stop()
     assert largest == 2 * 256 * 1024 * 2  # gate_up_proj of one layer, in bfloat16
     assert peak < (safetensors.NUM_READERS + 2) * largest + 6e6 < model_bytes / 2  # 6 MB: tracing the model
+
+
+@pytest.mark.parametrize("tp", [1, 4])
+def test_each_device_reads_only_its_part_of_every_expert(tmp_path, tp, monkeypatch):
+    tensors = write_checkpoint(tmp_path, **MOE)
+    read = dict.fromkeys(tensors, 0)  # bytes
+    transpose_into = names._transpose_into
+
+    def counted(out, matrix):
+        name = next(name for name, tensor in opened.items() if np.shares_memory(tensor, matrix))
+        read[name] += matrix.nbytes
+        transpose_into(out, matrix)
+
+    opened = safetensors.open_folder(tmp_path)
+    monkeypatch.setattr(safetensors, "open_folder", lambda folder: opened)
+    monkeypatch.setattr(names, "_transpose_into", counted)
+    leaves = by_path(tmp_path, sharding.make_mesh(tp), "bfloat16")
+    experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
+    assert len(experts) == 2 * 8 * 3 and all(read[name] == tensor.nbytes for name, tensor in experts.items())
+    gate_up, down = (leaves[f"layers.1.mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
+    parts = [shard.data for shard in gate_up.addressable_shards]
+    assert {part.shape for part in parts} == {(8, 64, 2, 32 // tp)}
+    whole, owner = np.concatenate(parts, axis=3), "model.layers.1.mlp.experts.5"
+    np.testing.assert_array_equal(whole[5, :, 0], tensors[f"{owner}.gate_proj.weight"].T)
+    np.testing.assert_array_equal(whole[5, :, 1], tensors[f"{owner}.up_proj.weight"].T)
+    np.testing.assert_array_equal(np.asarray(down)[5], tensors[f"{owner}.down_proj.weight"].T)
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    tensors = write_checkpoint(tmp_path, **MOE)
+    del tensors["model.layers.1.mlp.experts.6.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"tensor model\.layers\.1\.mlp\.experts\.6\.up_proj\.weight .* is missing"):
+        load(tmp_path, **MOE)
 
 
 def broken(tmp_path, change) -> str:
