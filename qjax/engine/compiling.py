@@ -17,7 +17,9 @@ type Key = tuple[Bucket, StepOptions]
 
 # This pass counts a cache that is written in place once for each layer, sees far too little memory, and computes small
 # things again in every layer.
-COMPILER_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+COMPILER_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
+# For products of many rows cuBLAS wins every time; compiling Triton's kernels only to try them takes most of the time.
+MANY_ROWS = 96
 
 
 class CompiledSteps:
@@ -59,7 +61,10 @@ class CompiledSteps:
         self._add(len(keys), started)
 
     def _compile(self, key: Key) -> Callable:
-        return self._lower(*key).compile(COMPILER_OPTIONS)
+        bucket, _ = key
+        is_large = bucket.num_decodes + bucket.num_tokens >= MANY_ROWS
+        few_tries = {"xla_gpu_enable_triton_gemm": False} if is_large else {}
+        return self._lower(*key).compile(COMPILER_OPTIONS | few_tries)
 
     def _add(self, count: int, started: float) -> None:
         self.count += count

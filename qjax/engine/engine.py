@@ -91,6 +91,7 @@ class Engine:
         if self.plan.is_gpu and not config.enforce_eager:
             on_phase("compiling")
             self.runner.compile_ahead([self._usual_options()], progress=progress)
+        self.runner.make_cache()
 
     def _usual_options(self) -> StepOptions:
         defaults = SamplingParams.from_defaults(self.default_sampling_params)

@@ -102,7 +102,6 @@ class Runner:
         self.compiles = CompiledSteps(lambda *key: self._lower(*key))
         self.inputs = StepInputs(self.replicated)
         self.walls = make_holes(self.replicated) if plan.is_gpu else []
-        self.make_cache()
         num_slots = plan.max_num_seqs
         self.params = {
             "temperature": np.zeros(num_slots + 1, np.float32),
@@ -117,20 +116,21 @@ class Runner:
 
     def make_cache(self) -> None:
         """An empty KV cache, and tables that know of no request."""
+        zeros = lambda array: jax.jit(partial(jnp.zeros, array.shape, array.dtype), out_shardings=array.sharding)()
+        self.kv, self.state = jax.tree.map(zeros, self._cache())
+        self.counts: TokenCounts | None = None
+        self.slots = [_Slot() for _ in range(self.plan.max_num_seqs + 1)]
+
+    def _cache(self) -> tuple[Any, DeviceState]:
+        """What `make_cache` makes."""
         plan, model, num_slots = self.plan, self.model_config, self.plan.max_num_seqs
         heads, _ = sharding.split_heads(
             model.num_attention_heads, model.num_key_value_heads, sharding.tensor_parallel_size(self.mesh)
         )
         shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
-        self.kv = self._zeros(shape, jnp.dtype(plan.dtype), sharding.kv_cache_sharding(self.mesh))
-        self.state = DeviceState(
-            self._zeros((num_slots + 1,), jnp.int32), self._zeros((num_slots + 1, plan.pages_per_sequence), jnp.int32)
-        )
-        self.counts: TokenCounts | None = None
-        self.slots = [_Slot() for _ in range(num_slots + 1)]
-
-    def _zeros(self, shape, dtype, placement=None) -> jax.Array:
-        return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=placement or self.replicated)()
+        kv = jax.ShapeDtypeStruct(shape, jnp.dtype(plan.dtype), sharding=sharding.kv_cache_sharding(self.mesh))
+        table: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
+        return kv, DeviceState(table(num_slots + 1), table(num_slots + 1, plan.pages_per_sequence))
 
     # From the host to the device
 
@@ -186,7 +186,8 @@ class Runner:
         vocab = self.model_config.vocab_size
         if self.counts is None:
             shape = (self.plan.max_num_seqs + 1, vocab)
-            self.counts = TokenCounts(self._zeros(shape, jnp.int16), self._zeros(shape, jnp.bool_))
+            zeros = lambda dtype: jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=self.replicated)()
+            self.counts = TokenCounts(zeros(jnp.int16), zeros(jnp.bool_))
 
         def padded(ids: list[int]) -> np.ndarray:
             size = max(64, 1 << max(len(ids) - 1, 0).bit_length())
@@ -321,7 +322,11 @@ class Runner:
     # Compiling
 
     def compile_ahead(self, options: list[StepOptions], *, progress: bool) -> None:
-        """Compiles the buckets that the first requests need; batches that these options cover use them."""
+        """Compiles the buckets that the first requests need; batches that these options cover use them.
+
+        Before `make_cache`: XLA tries each product's kernels on operands of its own, and the cache leaves no room for
+        many at a time.
+        """
         self.usual = options[0]
         keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
         self.compiles.ahead([(b, o) for b, o in keys if not (o.pooling and b.num_decodes)], progress=progress)
@@ -340,8 +345,7 @@ class Runner:
         with jax.set_mesh(self.mesh):
             return run.lower(
                 tuple(map(abstract, self.leaves)),
-                abstract(self.kv),
-                jax.tree.map(abstract, self.state),
+                *self._cache(),
                 counts,
                 jax.ShapeDtypeStruct((packed_size,), jnp.int32, sharding=self.replicated),
             )

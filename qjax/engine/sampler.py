@@ -200,20 +200,15 @@ def _largest_threshold(is_enough, num_rows: int, digit_bits: int) -> jax.Array:
     """uint32 [R]: for each row the largest t with `is_enough(t)`, which must be true up to some t and false after.
 
     One digit a pass, from the highest. A fixed number of passes: a loop that may end early makes the host wait for the
-    GPU at each turn. Larger digits are for few tokens: fewer passes, which are not a loop, that ask more questions.
+    GPU at each turn. Larger digits are for few tokens, where a pass costs more than its questions.
     """
-    if digit_bits > 1:
-        threshold = jnp.zeros((num_rows,), jnp.uint32)
-        for shift in range(32 - digit_bits, -1, -digit_bits):
-            digits = [is_enough(threshold | jnp.uint32(digit << shift)) for digit in range(1, 1 << digit_bits)]
-            threshold |= sum(digit.astype(jnp.uint32) for digit in digits) << shift
-        return threshold
 
     def body(i, threshold):
-        candidate = threshold | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
-        return jnp.where(is_enough(candidate), candidate, threshold)
+        shift = (32 - digit_bits * (i + 1)).astype(jnp.uint32)
+        answers = [is_enough(threshold | (jnp.uint32(digit) << shift)) for digit in range(1, 1 << digit_bits)]
+        return threshold | (sum(answer.astype(jnp.uint32) for answer in answers) << shift)
 
-    return lax.fori_loop(0, 32, body, jnp.zeros((num_rows,), jnp.uint32))
+    return lax.fori_loop(0, 32 // digit_bits, body, jnp.zeros((num_rows,), jnp.uint32))
 
 
 def _top_k_threshold(keys: jax.Array, top_k: jax.Array, digit_bits: int) -> jax.Array:
