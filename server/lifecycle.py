@@ -6,6 +6,7 @@ first, running requests get their time, then are ended with a last chunk. If the
 
 import asyncio
 import contextlib
+import gc
 import json
 import logging
 import os
@@ -84,6 +85,7 @@ async def serve(engine: AsyncEngine, config: ServerConfig, stop: Stop) -> int:
         log.info("listening on %s; /health says how far loading is", address)
         engine.start()
         if await _started(engine, stop):
+            gc.freeze()  # what is here now stays: a collection that walks through it would stop all streams for long
             print(ready_line(state, address, time.monotonic() - started), flush=True)
             await _watch(state, stop)
         if engine.phase == "failed":
