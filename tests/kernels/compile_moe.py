@@ -1,0 +1,38 @@
+"""Compiles steps of Qwen3-30B-A3B with the experts' kernel for an H100 that is not there; see `compile_step`.
+
+    JAX_PLATFORMS=cpu python -m tests.kernels.compile_moe '[2, [8, 0, 0]]' ...
+
+Each argument: layers, [decode rows, prompt tokens, chunks].
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+from jax.experimental import topologies
+
+from qjax.engine.compiling import COMPILER_OPTIONS
+from qjax.kernels import grouped_matmul
+from qjax.models.config import ModelConfig
+from scripts.bench_floors import MODELS
+from tests.kernels.compile_step import kernels, trace
+from tests.models.test_moe import LARGE
+
+
+def main() -> None:
+    grouped_matmul.IS_CHECKED_ON_GPU = True  # it is compiled, and runs nowhere
+    MODELS["Qwen3-30B-A3B"] = ModelConfig.from_hf(LARGE)
+    target = (Path(__file__).parent / "h100.txtpb").read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
+    mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=topology.devices)
+    for spec in map(json.loads, sys.argv[1:]):
+        lowered = trace(mesh, "Qwen3-30B-A3B", *spec).lower(lowering_platforms=("cuda",))
+        compiled = lowered.compile(COMPILER_OPTIONS)
+        line = {"spec": spec, "kernels": kernels(compiled.as_text()), "loops": compiled.as_text().count(" while(")}
+        line["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
+        print("STEP " + json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main()
