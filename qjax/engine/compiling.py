@@ -23,7 +23,9 @@ MANY_ROWS = 96
 
 
 class CompiledSteps:
-    """Args:
+    """Gives each step its executable.
+
+    Args:
       lower: gives what `jax.jit(...).lower` does.
 
     Attributes:
