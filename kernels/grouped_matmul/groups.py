@@ -53,17 +53,24 @@ def group_rows(experts: jax.Array, num_experts: int, tile: int | None = None) ->
     before = jnp.tril(jnp.ones((blocks.shape[1],) * 2, bool), -1)
     is_same = (blocks[:, :, None] == blocks[:, None, :]) & before
     rank = jnp.sum(is_same, axis=2, dtype=jnp.int32).reshape(-1)[: T * k]  # among its block's of the same expert
-    counts = jnp.sum(blocks[:, :, None] == jnp.arange(E), axis=1, dtype=jnp.int32)  # [blocks, E]
-    before_block = jnp.cumsum(counts, axis=0) - counts if len(counts) > 1 else jnp.zeros_like(counts)
-    tiles = -(-jnp.sum(counts, axis=0) // tile)  # [E]
-    ends = jnp.sum(jnp.where(jnp.tril(jnp.ones((E, E), bool)), tiles, 0), axis=1, dtype=jnp.int32)  # one kernel
 
+    # Each expert's first tile. In a decode step each XLA kernel counts: few of them compare all with all.
     is_kept = (flat >= 0) & (flat < E)
-    expert = jnp.where(is_kept, flat, 0)
-    first = ((ends - tiles) * tile)[expert] + before_block[jnp.arange(T * k) // BLOCK, expert]
-    position = jnp.where(is_kept, first + rank, num_tiles * tile)
+    if len(blocks) == 1:
+        is_in_front = is_kept & (rank % tile == 0) & (flat < flat[:, None])
+        first = jnp.sum(is_in_front, axis=1, dtype=jnp.int32)
+    else:
+        counts = jnp.sum(blocks[:, :, None] == jnp.arange(E), axis=1, dtype=jnp.int32)  # [blocks, E]
+        expert = jnp.where(is_kept, flat, 0)
+        rank += (jnp.cumsum(counts, axis=0) - counts)[jnp.arange(T * k) // BLOCK, expert]
+        tiles = -(-jnp.sum(counts, axis=0) // tile)
+        first = (jnp.cumsum(tiles) - tiles)[expert]
+    own = first + rank // tile
+    position = jnp.where(is_kept, own * tile + rank % tile, num_tiles * tile)
     source = jnp.full(num_tiles * tile, T, jnp.int32).at[position].set(jnp.arange(T * k) // k, mode="drop")
-    # The experts that end before a tile are those in front of its own.
-    tile_experts = jnp.sum(ends <= jnp.arange(num_tiles)[:, None], axis=1, dtype=jnp.int32)
-    work = jnp.concatenate([ends[-1:], jnp.minimum(tile_experts, E - 1)])
+
+    # A tile's first row says its expert; the list begins with how many there are.
+    index = jnp.arange(-1, num_tiles)[:, None]
+    is_first = is_kept & (rank % tile == 0) & ((own == index) | (index < 0))  # [1 + W, T * k]
+    work = jnp.sum(jnp.where(is_first, jnp.where(index < 0, 1, flat), 0), axis=1, dtype=jnp.int32)
     return Groups(source, position.reshape(T, k), work)

@@ -3,6 +3,8 @@
 Every expert's F is split over devices as a dense layer's is, so that each device has a part of all experts.
 """
 
+import functools
+import operator
 from typing import Any, Protocol
 
 import jax
@@ -34,64 +36,66 @@ class MoEFeedForward(nnx.Module):
         shape = (config.hidden_size, config.num_experts)
         self.gate = Linear(shape, ("embed", "experts"), dtype=dtype, rngs=rngs)
         self.experts = Experts(config, dtype=dtype, rngs=rngs)
-        self.num_experts_per_tok, self.norm_topk_prob = config.num_experts_per_tok, config.norm_topk_prob
+        self.num_experts_per_tok = config.num_experts_per_tok
 
     def __call__(self, x: jax.Array, batch: RoutedBatch, cache: Any) -> tuple[jax.Array, Any]:
         """x [T, D] → ([1, T, D], see `Linear.parts`; the cache as `batch.after_routing` gives it)."""
         where = sharding.spec_like(x, "experts")
         logits = matmul(x, self.gate.kernel[...], out_dtype=jnp.float32, out_sharding=where)
         probs = jax.nn.softmax(logits)
-        experts, weights = choose_experts(probs, self.num_experts_per_tok, is_normalized=self.norm_topk_prob)
+        experts = choose_experts(probs, self.num_experts_per_tok)
         cache = batch.after_routing(probs, experts, cache)
         experts = jnp.where(batch.is_token[:, None], experts, probs.shape[1])  # padding would fetch weights
-        return self.experts(x, experts, weights, batch.implementation), cache
+        return self.experts(x, probs, experts, batch.implementation), cache
 
 
-def choose_experts(probs: jax.Array, k: int, *, is_normalized: bool) -> tuple[jax.Array, jax.Array]:
-    """The k most probable experts of each token, most probable first, of equal ones the first; and their weights.
+def choose_experts(probs: jax.Array, k: int) -> jax.Array:
+    """The k most probable experts of each token, most probable first, of equal ones the first.
 
-    Args:
-      probs: float32 [T, E].
-      is_normalized: weights are divided by their sum.
-
-    Returns:
-      (int32 [T, k], float32 [T, k])
+    probs float32 [T, E] → int32 [T, k]
     """
     # An expert's rank is the number of better ones: comparisons and sums fuse, where top_k would sort.
-    E = probs.shape[1]
-    ids = jnp.arange(E)
+    ids = jnp.arange(probs.shape[1])
     mine, other = probs[:, :, None], probs[:, None, :]
     is_better = (other > mine) | ((other == mine) & (ids[None, :] < ids[:, None]))
     rank = jnp.sum(is_better, axis=2, dtype=jnp.int32)  # [T, E]
     is_chosen = rank[:, None, :] == jnp.arange(k)[:, None]  # [T, k, E]
-    experts = jnp.sum(jnp.where(is_chosen, ids, 0), axis=2, dtype=jnp.int32)
-    weights = jnp.sum(jnp.where(is_chosen, probs[:, None, :], 0), axis=2)
-    if is_normalized:
-        weights = weights / jnp.sum(weights, axis=1, keepdims=True)
-    return experts, weights
+    return jnp.sum(jnp.where(is_chosen, ids, 0), axis=2, dtype=jnp.int32)
+
+
+def weights_of(probs: jax.Array, experts: jax.Array, *, is_normalized: bool) -> jax.Array:
+    """float32 [T, k]: the probabilities of `choose_experts`' experts, `is_normalized` divided by their sum."""
+    weights = jnp.take_along_axis(probs, experts, axis=1, mode="clip")
+    if not is_normalized:
+        return weights
+    # Not jnp.sum: a few additions are computed where the weights are needed, a sum is a kernel of its own.
+    total = functools.reduce(operator.add, [weights[:, j] for j in range(experts.shape[1])])
+    return weights / total[:, None]
 
 
 class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
+        self.norm_topk_prob = config.norm_topk_prob
         self.axes = ("experts", "embed", "gate_up", "mlp"), ("experts", "mlp", "embed")
         self.gate_up_proj = parameter((E, D, 2, F), self.axes[0], dtype, rngs=rngs)
         self.down_proj = parameter((E, F, D), self.axes[1], dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, experts: jax.Array, weights: jax.Array, implementation: str | None) -> jax.Array:
-        """x [T, D], experts int32 [T, k], weights float32 [T, k] → [1, T, D]; an expert E is none."""
+    def __call__(self, x: jax.Array, probs: jax.Array, experts: jax.Array, implementation: str | None) -> jax.Array:
+        """x [T, D], probs float32 [T, E], experts int32 [T, k] → [1, T, D]; an expert E is none."""
 
-        def on_device(x, experts, weights, gate_up, down):
+        def on_device(x, probs, experts, gate_up, down):
             groups = group_rows(experts, gate_up.shape[0])
             rows = x.at[groups.source].get(mode="fill", fill_value=0)
             hidden = grouped_matmul(rows, gate_up, groups.work, is_gated=True, implementation=implementation)
             out = grouped_matmul(hidden, down, groups.work, implementation=implementation)
             out = out.at[groups.position].get(mode="fill", fill_value=0)  # [T, k, D]
+            weights = weights_of(probs, experts, is_normalized=self.norm_topk_prob)
             out = jnp.sum(out * weights[:, :, None], axis=1).astype(x.dtype)
             return (sharding.sum_over(out, ("mlp",))[None],)
 
         tokens = sharding.token_axis(x)
-        rows, chosen = (tokens, "embed"), (tokens, "experts_of_token")
-        in_axes = (rows, chosen, chosen, *self.axes)
+        rows = (tokens, "embed")
+        in_axes = (rows, (tokens, "experts"), (tokens, "experts_of_token"), *self.axes)
         on_devices = sharding.per_shard(on_device, in_axes=in_axes, out_axes=(("parts", *rows),))
-        return on_devices(x, experts, weights, self.gate_up_proj[...], self.down_proj[...])[0]
+        return on_devices(x, probs, experts, self.gate_up_proj[...], self.down_proj[...])[0]
