@@ -98,8 +98,10 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float32"] = option(
         "auto", "Weights, activations and KV; auto: bfloat16 on a GPU, float32 on a CPU", group="Model"
     )
-    quantization: Literal["awq", "fp8", "gptq"] | None = option(
-        None, "What the checkpoint is quantised by; fp8 also quantises others while loading [as it is]", group="Model"
+    quantization: Literal["awq", "fp8", "gptq", "int4"] | None = option(
+        None,
+        "What the checkpoint is quantised by; fp8 and int4 quantise a plain one while loading [as it is]",
+        group="Model",
     )
     seed: int = option(0, "Seed of requests that bring none, and of dummy weights", group="Model", metavar="NUMBER")
     hf_overrides: dict[str, Any] = option(

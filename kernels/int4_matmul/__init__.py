@@ -4,9 +4,19 @@ import jax
 
 from qjax.kernels.dispatch import dispatch
 from qjax.kernels.int4_matmul.packing import CELL_OUTPUTS, CELL_WORDS, GROUP, pack_scales, pack_weights
-from qjax.kernels.int4_matmul.reference import dequantize, int4_matmul_ref
+from qjax.kernels.int4_matmul.reference import dequantize, int4_matmul_ref, quantize, quantize_packed
 
-__all__ = ["CELL_OUTPUTS", "CELL_WORDS", "GROUP", "dequantize", "int4_matmul", "pack_scales", "pack_weights"]
+__all__ = [
+    "CELL_OUTPUTS",
+    "CELL_WORDS",
+    "GROUP",
+    "dequantize",
+    "int4_matmul",
+    "pack_scales",
+    "pack_weights",
+    "quantize",
+    "quantize_packed",
+]
 
 
 def int4_matmul(

@@ -59,6 +59,8 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_s
                 return _kept(prefix, module, stored, config, num_kv_heads, tensor_parallel_size)
             leaf = _projection(prefix, module, stored, config, num_kv_heads)
             return _flipped(leaf) if stored.is_transposed else leaf
+        case (_, "words" | "scales_zeros") if config.quantization is not None and config.quantization.is_made:
+            return _projection(prefix, module, STORED["kernel"], config, num_kv_heads)  # the weight it is made of
         case (_, "words"):
             return _int4_words(prefix, module, config, num_kv_heads)
         case (_, "scales_zeros"):
@@ -84,7 +86,15 @@ def _projection(prefix: str, module: str, stored: Stored, config: ModelConfig, K
         case "qkv_proj":
             return _qkv(prefix, kind, D // inner, H // out, config, K)
         case "o_proj":
-            return _output(f"{prefix}.o_proj.{kind}", D // out, H // inner, config, K)
+            N, quantization = config.num_attention_heads, config.quantization
+            if (
+                H % GROUP
+                and quantization is not None
+                and quantization.is_int4
+                and quantization.covers(f"{prefix}.o_proj")
+            ):
+                return _output(f"{prefix}.o_proj.{kind}", D // out, N * H // inner, 1, 1)  # groups are of two heads
+            return _output(f"{prefix}.o_proj.{kind}", D // out, H // inner, N, K)
         case "gate_up_proj":
             return _gate_up(prefix, kind, D // inner, F // out)
     return _transposed(f"{prefix}.{module}.{kind}", (D // out, F // inner), axis=0)
@@ -93,14 +103,21 @@ def _projection(prefix: str, module: str, stored: Stored, config: ModelConfig, K
 def _kept(prefix: str, module: str, stored: Stored, config: ModelConfig, K: int, tp: int) -> Leaf:
     """A tensor [out, in] of a projection kept as [*outputs, *inputs]: rows or columns, and no transpose.
 
-    Where a device's share of F is not made of whole blocks, the leaf has smaller ones and repeats their numbers.
+    Where a device's share of F, or a head, is not made of whole blocks, the leaf has smaller ones and repeats their
+    numbers.
     """
     F, G = config.intermediate_size, config.num_attention_heads // K
     D, H = config.hidden_size, config.head_dim
     part = math.gcd(stored.out_step, F // tp)  # out_step is in_step
+    part_of_head = math.gcd(stored.out_step, H)
 
     def along_f(start: int, stop: int) -> slice | np.ndarray:
         return np.s_[start:stop] if part == stored.out_step else np.arange(start, stop) * part // stored.out_step
+
+    def along_heads(start: int, stop: int) -> slice | np.ndarray:
+        if part_of_head == stored.out_step:
+            return np.s_[start * H // part_of_head : stop * H // part_of_head]
+        return np.arange(start * H, stop * H, part_of_head) // stored.out_step
 
     def read_gate_up(tensors: Tensors, start: int, stop: int) -> np.ndarray:
         return np.stack([tensors[name][along_f(start, stop)] for name in names])
@@ -109,34 +126,36 @@ def _kept(prefix: str, module: str, stored: Stored, config: ModelConfig, K: int,
         return np.ascontiguousarray(tensors[names[0]][:, along_f(start, stop)])
 
     def read_output(tensors: Tensors, start: int, stop: int) -> np.ndarray:
-        columns = tensors[names[0]][:, start * G * h : stop * G * h]
-        return np.ascontiguousarray(columns).reshape(-1, stop - start, G, h)
+        columns = tensors[names[0]][:, along_heads(start * G, stop * G)]
+        return np.ascontiguousarray(columns).reshape(columns.shape[0], stop - start, G, -1)
 
     def read_qkv(tensors: Tensors, start: int, stop: int) -> np.ndarray:
-        out = np.empty((stop - start, G + 2, h, d), tensors[names[0]].dtype)
-        heads = [tensors[name].reshape(-1, h, d) for name in names]
+        out = np.empty((stop - start, G + 2, H // part_of_head, d), tensors[names[0]].dtype)
         for i, head in enumerate(range(start, stop)):
-            out[i, :G] = heads[0][head * G : (head + 1) * G]
-            out[i, G], out[i, G + 1] = heads[1][head // copies], heads[2][head // copies]
+            kv = along_heads(head // copies, head // copies + 1)
+            out[i, :G] = tensors[names[0]][along_heads(head * G, (head + 1) * G)].reshape(G, -1, d)
+            out[i, G], out[i, G + 1] = tensors[names[1]][kv], tensors[names[2]][kv]
         return out
 
-    d, f, h = D // stored.in_step, F // stored.in_step, H // stored.in_step
+    d, f = D // stored.in_step, F // stored.in_step
     copies, N = K // config.num_key_value_heads, config.num_attention_heads
-    repeats = stored.in_step // part
+    repeats, repeats_of_head = stored.in_step // part, stored.in_step // part_of_head
+    rows_of = lambda heads: heads * H // stored.in_step
     match module:
         case "qkv_proj":
             names = [f"{prefix}.{x}_proj.{stored.name}" for x in "qkv"]
-            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (config.num_key_value_heads * h, d))
-            shapes[names[0]] = (N * h, d)
+            shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, (rows_of(config.num_key_value_heads), d))
+            shapes[names[0]] = (rows_of(N), d)
 
             def write_qkv(leaf: np.ndarray) -> dict[str, np.ndarray]:
                 parts = (leaf[:, :G], leaf[::copies, G], leaf[::copies, G + 1])
-                return {name: tensor.reshape(-1, d) for name, tensor in zip(names, parts, strict=True)}
+                return {n: part.reshape(-1, d)[::repeats_of_head] for n, part in zip(names, parts, strict=True)}
 
             return Leaf(shapes, 0, read_qkv, write_qkv)
         case "o_proj":
             names = [f"{prefix}.o_proj.{stored.name}"]
-            return Leaf({names[0]: (d, N * h)}, 1, read_output, lambda leaf: {names[0]: leaf.reshape(d, -1)})
+            write_output = lambda leaf: {names[0]: leaf.reshape(d, -1)[:, ::repeats_of_head]}
+            return Leaf({names[0]: (d, rows_of(N))}, 1, read_output, write_output)
         case "gate_up_proj":
             names = [f"{prefix}.{x}_proj.{stored.name}" for x in ("gate", "up")]
             write = lambda leaf: {name: leaf[i, ::repeats] for i, name in enumerate(names)}
@@ -319,9 +338,8 @@ def _qkv(prefix: str, kind: str, D: int, H: int, config: ModelConfig, K: int) ->
     return Leaf(shapes, len(tail), read, write)
 
 
-def _output(name: str, D: int, H: int, config: ModelConfig, K: int) -> Leaf:
+def _output(name: str, D: int, H: int, N: int, K: int) -> Leaf:
     """[K, G, H, D] of o_proj [D, N * H]."""
-    N = config.num_attention_heads
     G = N // K
 
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:

@@ -24,8 +24,8 @@ from qjax.checkpoint.names import Leaf, contiguous, leaf_of
 from qjax.models.config import ModelConfig
 from qjax.models.layers import INIT_STDDEV
 from qjax.models.qwen3 import ModelDef, abstract_model
-from qjax.quantization.fp8 import as_read, quantize_on_devices, scales_to_make
 from qjax.quantization.int4 import pack_scales
+from qjax.quantization.online import as_read, quantize_on_devices, scales_to_make
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -57,9 +57,8 @@ def load_params(
     rules = _rules(config, mesh, modeldef)
     tensors = _full_names(open_folder(folder))
     scales = scales_to_make(config.quantization, modeldef.paths)
-    sources = {i: as_read(leaf, dtype) if i in scales else leaf for i, leaf in enumerate(leaves)}
-    for i in scales.values():
-        del sources[i]
+    sources = {i: leaf for i, leaf in enumerate(leaves) if i not in set(scales.values())}
+    sources |= {i: as_read(modeldef.paths[i], leaves[i], leaves[scale], dtype) for i, scale in scales.items()}
     _check_tensors(tensors, [rules[i] for i in sources], sources.values(), config, folder)
 
     total = sum(tensors[name].nbytes for i in sources for name in rules[i].shapes)
@@ -74,7 +73,7 @@ def load_params(
         def load(i: int) -> dict[int, jax.Array]:
             made = {i: _place(rules[i], sources[i], tensors)}
             if i in scales:
-                made[i], made[scales[i]] = quantize_on_devices(made[i], leaves[scales[i]])
+                made[i], made[scales[i]] = quantize_on_devices(made[i], leaves[i], leaves[scales[i]])
             jax.block_until_ready(made)  # the part's copy on the host is free again
             bar.update(sum(tensors[name].nbytes for name in rules[i].shapes))
             return made

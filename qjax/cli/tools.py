@@ -39,6 +39,40 @@ def _run_batch(args: argparse.Namespace) -> int:
     return batch.run(config, server_config, options)
 
 
+def add_convert(commands: Any) -> None:
+    description = (
+        "Quantises a plain checkpoint and writes it as another, which qjax, vLLM and transformers load, with configs "
+        "and tokenizer. fp8: e4m3 in blocks of 128 x 128, as Qwen publishes it. int4: AWQ's format (groups of 128, "
+        "zero points), each group by itself and without calibration data."
+    )
+    convert = add_model_command(commands, "convert", _convert, description, "MODEL OUTPUT --quantization fp8|int4")
+    convert.add_argument("output", nargs="?", metavar="OUTPUT", help="Folder that is made; it must not be there yet")
+    add_options(convert, EngineConfig, ("revision", "hf_token", "download_dir"))
+    group = convert.add_argument_group("Conversion")
+    text = "What the weights of the decoder's layers become"
+    group.add_argument("-q", "--quantization", required=True, choices=("fp8", "int4"), help=text)
+
+
+def _convert(args: argparse.Namespace) -> None:
+    if "output" not in args:
+        raise ValueError("no output given.\nExample: qjax convert Qwen/Qwen3-0.6B Qwen3-0.6B-FP8 --quantization fp8")
+    config = read_engine_config(args)
+    from pathlib import Path
+
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # tensor after tensor: a GPU would wait for the disk
+    from qjax.checkpoint import convert, hub
+
+    source = hub.resolve(
+        config.model, revision=config.revision, token=config.hf_token, download_dir=config.download_dir
+    )
+    output = Path(args.output).expanduser()
+    convert.convert(source, output, args.quantization)
+    size = sum(path.stat().st_size for path in output.iterdir()) / 2**30
+    print(f"Saved: {output} ({size:.2f} GiB). Try it: qjax chat {output}")
+
+
 def add_collect_env(commands: Any) -> None:
     description = "Prints versions, devices and settings, to paste into a bug report. Keys and tokens are not shown."
     collect = commands.add_parser("collect-env", description=description)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qjax.quantization.config import Quantization
+from qjax.quantization.config import Method, Quantization
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM", "Qwen2ForCausalLM")
 # What `from_hf` reads of a config.json.
@@ -157,7 +157,7 @@ class ModelConfig:
                     total += self.quantization.num_bytes(size) - size * itemsize
         return total
 
-    def with_quantization(self, method: str | None) -> "ModelConfig":
+    def with_quantization(self, method: Method | None) -> "ModelConfig":
         """The config of what the option `quantization` asks for; None: the checkpoint as it is.
 
         Raises:
@@ -166,13 +166,13 @@ class ModelConfig:
         own = None if self.quantization is None else self.quantization.method
         if self.num_experts and method is not None:
             raise ValueError(f"quantization={method!r}: {NO_QUANTIZED_EXPERTS}")
-        if own is None and method == "fp8":
-            return replace(self, quantization=Quantization("fp8", is_made=True))
+        if own is None and method in ("fp8", "int4"):
+            return replace(self, quantization=Quantization(method, is_made=True))
         if method not in (None, own):
             found = "is not quantised" if own is None else f"is quantised by {own!r}"
             raise ValueError(
                 f"quantization={method!r}, but the checkpoint {found}. Leave --quantization out to take the "
-                "checkpoint's; only fp8 is made while loading, of a checkpoint that is not quantised."
+                "checkpoint's; only fp8 and int4 are made while loading, of a checkpoint that is not quantised."
             )
         return self
 

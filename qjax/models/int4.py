@@ -11,6 +11,13 @@ from qjax.kernels.int4_matmul import CELL_OUTPUTS, CELL_WORDS, GROUP, int4_matmu
 from qjax.models.layers import parameter
 
 
+def groups_of(inputs: tuple[int, ...]) -> tuple[int, ...]:
+    """Groups of inputs [..., H] on each axis. Of smaller heads all lie on the last: no device can split them."""
+    if inputs[-1] % GROUP:
+        inputs = (*(1 for _ in inputs[:-1]), math.prod(inputs))
+    return (*inputs[:-1], inputs[-1] // GROUP)
+
+
 class Int4Linear(nnx.Module):
     """x [T, *inputs] times (q - zero) * scale [*inputs, *outputs] (+ bias), in x's dtype.
 
@@ -36,7 +43,7 @@ class Int4Linear(nnx.Module):
             raise NotImplementedError("a quantised (int4) module has no random weights: use dummy_params.")
         self.axes, self.in_axes, self.out_axes = axes, axes[:num_inputs], axes[num_inputs:]
         inputs, outputs = shape[:num_inputs], shape[num_inputs:]
-        groups = (*inputs[:-1], inputs[-1] // GROUP)
+        groups = groups_of(inputs)
         cells = (*outputs[:-1], outputs[-1] // CELL_OUTPUTS, CELL_WORDS)
         self.words = parameter((*groups, *cells), (*axes, "cell_words"), jnp.dtype("int32"), rngs=None)
         self.scales_zeros = parameter((*groups, *outputs), axes, jnp.dtype("int32"), rngs=None)

@@ -75,6 +75,8 @@ class Qwen3ForCausalLM(nnx.Module):
             config.quantization.check_sizes(
                 tensor_parallel_size,
                 head_dim=config.head_dim,
+                num_attention_heads=config.num_attention_heads,
+                num_key_value_heads=config.num_key_value_heads,
                 hidden_size=config.hidden_size,
                 intermediate_size=config.intermediate_size,
             )

@@ -4,7 +4,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 GROUP = 128  # weights that share a scale: a side of FP8's square blocks, the inputs of AWQ's groups
+HALF = 64  # the smallest head: two share a scale
 MIN_BLOCK = 32  # what is left of a side of FP8's blocks where devices split them
+Method = Literal["awq", "fp8", "gptq", "int4"]  # int4: what is made while loading
 # The checkpoint's modules that are one here.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SUPPORTED = (
@@ -54,7 +56,7 @@ TENSORS: dict[str, dict[str, Stored]] = {
 class Quantization:
     """How the projections of the decoder's layers are stored; embeddings, norms and lm_head never are quantised."""
 
-    method: Literal["fp8", "awq", "gptq"]
+    method: Method
     modules_to_not_convert: tuple[str, ...] = ()  # names, or beginnings or ends of names, at their dots
     is_made: bool = False  # the checkpoint has plain weights, which are quantised while they are loaded
 
@@ -111,14 +113,30 @@ class Quantization:
         """Repacked at load to `words` and `scales_zeros` of `kernels.int4_matmul`, whatever the method."""
         return self.method != "fp8"
 
-    def check_sizes(self, tp: int, *, head_dim: int, hidden_size: int, intermediate_size: int) -> None:
+    def check_sizes(
+        self,
+        tp: int,
+        *,
+        head_dim: int,
+        num_attention_heads: int,
+        num_key_value_heads: int,
+        hidden_size: int,
+        intermediate_size: int,
+    ) -> None:
         """Raises ValueError naming the first size that is not made of whole groups, on each of `tp` devices."""
-        for name, size in (("head_dim", head_dim), ("hidden_size", hidden_size)):
-            if size % GROUP:
+        sizes = {"hidden_size": hidden_size, "num_attention_heads * head_dim": num_attention_heads * head_dim}
+        sizes["num_key_value_heads * head_dim"] = num_key_value_heads * head_dim
+        for name, size, multiple in (("head_dim", head_dim, HALF), *((n, sizes[n], GROUP) for n in sizes)):
+            if size % multiple:
                 raise ValueError(
-                    f"{name}={size} is no multiple of {GROUP}, the group of weights that share a scale: "
+                    f"{name}={size} is no multiple of {multiple}, and {GROUP} weights share a scale: "
                     f"quantised ({self.method}) models with it are not supported."
                 )
+        if self.is_int4 and head_dim % GROUP and tp > 1:
+            raise ValueError(
+                f"head_dim={head_dim} is no multiple of {GROUP}: a group of weights that share a scale ({self.method}) "
+                f"is of two heads, which tensor_parallel_size={tp} would split. Set --tensor-parallel-size 1."
+            )
         if self.method == "fp8":  # the blocks of its scales are cut at the devices' ends
             if intermediate_size % GROUP or intermediate_size // tp % MIN_BLOCK:
                 raise ValueError(

@@ -33,6 +33,14 @@ def repack_scales(qzeros: np.ndarray, scales: np.ndarray, method: str) -> np.nda
     return pack_scales(scales, _unpack_columns(qzeros, range(8)) + np.uint8(1))
 
 
+def pack_awq(q: np.ndarray) -> np.ndarray:
+    """uint8 [R, 8 n] in 0..15 → int32 [R, n] in AWQ's order: a `qweight` of [D, N], or `qzeros` of [D / 128, N]."""
+    words = np.zeros((q.shape[0], q.shape[1] // 8), np.uint32)
+    for i, column in enumerate(AWQ_ORDER):
+        words |= q[:, column::8].astype(np.uint32) << np.uint32(4 * i)
+    return words.view(np.int32)
+
+
 def is_in_order(g_idx: np.ndarray) -> bool:
     """Whether GPTQ's groups are 128 inputs that follow each other: without desc_act they are."""
     return np.array_equal(g_idx, np.arange(g_idx.size) // GROUP)

@@ -51,13 +51,20 @@ def test_blocks_cannot_be_cut_too_small():
     abstract_model(tiny("fp8", intermediate_size=640), "float32", mesh_of(4))
     with pytest.raises(ValueError, match=r"intermediate_size=896 .* tensor_parallel_size=8 no multiple of 32"):
         tiny("fp8", intermediate_size=896).quantization.check_sizes(
-            8, head_dim=128, hidden_size=256, intermediate_size=896
+            8, head_dim=128, num_attention_heads=8, num_key_value_heads=8, hidden_size=256, intermediate_size=896
         )
 
 
+@pytest.fixture(scope="module")
+def small_heads(tmp_path_factory):
+    return write_pair(tmp_path_factory.mktemp("small"), "fp8", intermediate_size=384, head_dim=64)
+
+
 @pytest.mark.parametrize("tp", [1, 2, 4])
-def test_leaves_give_the_tensors_back(cut_pair, tp: int):
+@pytest.mark.parametrize("folders", ["cut_pair", "small_heads"])
+def test_leaves_give_the_tensors_back(request, folders: str, tp: int):
     """What a checkpoint writer needs: `Leaf.write` is the inverse of reading, repeated heads and blocks included."""
+    cut_pair = request.getfixturevalue(folders)
     config = config_of(cut_pair[0])
     tensors = open_folder(cut_pair[0])
     modeldef, _ = abstract_model(config, "float32", mesh_of(tp))

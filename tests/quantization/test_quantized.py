@@ -186,7 +186,8 @@ def test_version_may_be_in_capitals():
 @pytest.mark.parametrize(
     ("changes", "tp", "message"),
     [
-        ({"head_dim": 64}, 1, "head_dim=64 is no multiple of 128"),
+        ({"head_dim": 96}, 1, "head_dim=96 is no multiple of 64"),
+        ({"head_dim": 64, "num_key_value_heads": 1}, 1, r"num_key_value_heads \* head_dim=64 is no multiple of 128"),
         ({"hidden_size": 192}, 1, "hidden_size=192 is no multiple of 128"),
         ({"intermediate_size": 320}, 1, r"intermediate_size=320 is no multiple of 128"),
     ],
@@ -195,6 +196,21 @@ def test_version_may_be_in_capitals():
 def test_sizes_of_no_whole_groups(method, changes, tp, message):
     with pytest.raises(ValueError, match=message):
         abstract_model(tiny(method, **changes), "float32", mesh_of(tp))
+
+
+def test_groups_of_two_heads_are_not_split():
+    abstract_model(tiny("fp8", head_dim=64), "float32", mesh_of(2))
+    with pytest.raises(ValueError, match=r"head_dim=64 is no multiple of 128: .* tensor_parallel_size=2"):
+        abstract_model(tiny("awq", head_dim=64), "float32", mesh_of(2))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_of_64(tmp_path, method):
+    """As Qwen2.5-0.5B has them: scales are shared by two heads. FP8's also with each KV head there twice."""
+    quantised, plain = write_pair(tmp_path, method, head_dim=64)
+    expected = logits_of(plain)
+    for tp in (1, 2, 4) if method == "fp8" else (1,):
+        np.testing.assert_allclose(logits_of(quantised, tp), expected, rtol=0, atol=1e-4)
 
 
 def test_awq_groups_are_never_split():
@@ -210,7 +226,9 @@ def test_the_option_must_be_the_checkpoints(method):
     with pytest.raises(ValueError, match=f"quantization='{other}', but the checkpoint is quantised by '{method}'"):
         tiny(method).with_quantization(other)
     if method != "fp8":
-        with pytest.raises(ValueError, match=r"the checkpoint is not quantised.* only fp8 is made while loading"):
+        with pytest.raises(
+            ValueError, match=r"the checkpoint is not quantised.* only fp8 and int4 are made while loading"
+        ):
             ModelConfig.from_hf(TINY).with_quantization(method)
 
 

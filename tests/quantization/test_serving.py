@@ -55,7 +55,7 @@ def test_the_option_must_match(folders):
         LLM(str(quantised), quantization=other, **OPTIONS)
     with pytest.raises(ValueError, match="the checkpoint is not quantised"):
         LLM(str(plain), quantization="awq" if other == "fp8" else other, **OPTIONS)
-    with pytest.raises(ValueError, match="quantization must be one of awq, fp8, gptq"):
+    with pytest.raises(ValueError, match="quantization must be one of awq, fp8, gptq, int4"):
         EngineConfig(model=str(plain), quantization="hqq")  # type: ignore[arg-type]
 
 
