@@ -151,6 +151,9 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs", "Order of waiting requests: first come, or lowest priority value", group="Scheduler"
     )
+    num_scheduler_steps: int = option(
+        1, "Decode steps sent to the device at once: tokens come in groups, the host has less to do", group="Scheduler"
+    )
     max_logprobs: int = option(20, "Most logprobs a request may ask for; -1: the whole vocabulary", group="Scheduler")
 
     tensor_parallel_size: int = option(1, "Devices that share the model", group="Devices")
@@ -169,6 +172,8 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if not 1 <= self.num_scheduler_steps <= 16:
+            raise ValueError(f"num_scheduler_steps must be 1 to 16, got {self.num_scheduler_steps}.")
         if self.max_logprobs < -1:
             raise ValueError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}."

@@ -46,6 +46,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--out-len", type=int, default=257, help="tokens of each answer in the decode figures")
+    parser.add_argument("--num-scheduler-steps", type=int, default=1)
     parser.add_argument("--enforce-eager", action="store_true", help="compile at first use, in each figure's warm-up")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--out", default="", help="append the JSON lines to this file")
@@ -83,6 +84,7 @@ class Bench:
             tensor_parallel_size=args.tp,
             enable_prefix_caching=False,
             enforce_eager=args.enforce_eager,
+            num_scheduler_steps=args.num_scheduler_steps,
             generation_config="vllm",
             override_generation_config={"temperature": 0.0},  # what is compiled ahead: most figures are greedy
         )
@@ -97,6 +99,7 @@ class Bench:
             "kv": DTYPES[plan.dtype],
             "tp": args.tp,
             "eager": args.enforce_eager,
+            **({"num_scheduler_steps": args.num_scheduler_steps} if args.num_scheduler_steps > 1 else {}),
             **setting(),
             "device": jax.devices()[0].device_kind,
         }

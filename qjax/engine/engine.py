@@ -66,7 +66,13 @@ class Engine:
         self.default_sampling_params = loaded.generation_defaults
         self.eos_token_ids = loaded.eos_token_ids
         self.runner = Runner(
-            loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan, pooling=bool(loaded.pooling)
+            loaded.modeldef,
+            loaded.leaves,
+            loaded.mesh,
+            loaded.model_config,
+            loaded.plan,
+            pooling=bool(loaded.pooling),
+            num_steps=config.num_scheduler_steps,
         )
         where = (config, loaded.folder, loaded.model_config, loaded.mesh, jnp.dtype(self.plan.dtype))
         self.sleeper = Sleeper(self.runner, partial(load_weights, *where, progress=progress))
@@ -78,6 +84,7 @@ class Engine:
                 max_model_len=self.plan.max_model_len,
                 max_num_prefills=self.plan.max_num_prefills,
                 policy=config.scheduling_policy,
+                num_steps=config.num_scheduler_steps,
             ),
             self.pool,
         )
@@ -249,7 +256,15 @@ class Engine:
         for i, chunk in enumerate(flight.batch.sampling):
             if result.logprobs is not None and chunk.request.params.logprobs is not None:
                 sampled[chunk.request] = result.logprobs[i]
-        accepted = dict(self.scheduler.update(flight.batch, result.token_ids))
+        for token_ids in result.token_ids:
+            self._take(flight, token_ids, sampled, touched)
+        return touched
+
+    def _take(
+        self, flight: InFlight, token_ids: list[int], sampled: dict[Request, Logprobs], touched: dict[Group, None]
+    ) -> None:
+        """Gives each request of a step its token, unless it has ended."""
+        accepted = dict(self.scheduler.update(flight.batch, token_ids))
         self.metrics.on_tokens([request for request, token in accepted.items() if token >= 0])
         for chunk in flight.batch.sampling:
             if chunk.request.request_id not in self._answers:
@@ -259,10 +274,9 @@ class Engine:
                 continue
             if accepted.get(chunk.request, -1) >= 0:
                 self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
-            if chunk.request.is_finished:
+            if chunk.request.is_finished and chunk.request in accepted:
                 self._flush(answer)
             touched[group] = None
-        return touched
 
     def _append(self, answer: Answer, token_id: int, logprobs: Logprobs | None) -> None:
         """Adds a token to an answer's delta, and ends the answer where a stop string completes."""

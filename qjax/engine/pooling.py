@@ -154,7 +154,7 @@ class PoolingEngine(Engine):
         if result.hidden is None:
             raise RuntimeError("a step of a pooling engine gave no hidden states")
         touched: dict[Group, None] = {}
-        accepted = dict(self.scheduler.update(flight.batch, result.token_ids))
+        accepted = dict(self.scheduler.update(flight.batch, result.token_ids[0]))
         for chunk, hidden in zip(flight.batch.sampling, result.hidden, strict=True):
             request = chunk.request
             if request not in accepted:  # aborted since

@@ -56,10 +56,16 @@ class Request:
     first_token_time: float | None = None
     finished_time: float | None = None
     may_be_held_back: bool = field(init=False)  # see `is_held_back`: asked in every step
+    is_plain: bool = field(init=False)  # nothing but its tokens is asked for, and no token depends on the host
 
     def __post_init__(self) -> None:
+        p = self.params
         has_long_words = any(len(word) > 1 for word in self.bad_words_token_ids)
         self.may_be_held_back = self.constraint is not None or has_long_words
+        has_edits = bool(p.logit_bias or p.allowed_token_ids or self.bad_words_token_ids or p.min_tokens)
+        has_penalties = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        has_extras = has_edits or has_penalties or p.logprobs is not None or self.is_pooling
+        self.is_plain = self.constraint is None and self.loops is None and not has_extras
 
     @property
     def num_known_tokens(self) -> int:

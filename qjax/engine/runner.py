@@ -4,7 +4,7 @@ It owns everything that lies on the devices: weights, KV cache, per-request stat
 but `collect`, and the engine dispatches the next step before it calls that.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -45,7 +45,7 @@ class Logprobs:
 class StepResult:
     """What a step has sampled, in the order of `batch.sampling`; -1 where the logits were not numbers."""
 
-    token_ids: list[int]
+    token_ids: list[list[int]]  # of each of the batch's steps
     logprobs: list[Logprobs] | None
     prompt_logprobs: dict[int, list[Logprobs]]  # index in batch.prefills -> one entry a token of the chunk
     hidden: np.ndarray | None = None  # float32 [n, D] of a runner that pools; its token ids are 0, or -1 for NaN
@@ -86,6 +86,7 @@ class Runner:
     model_config: ModelConfig
     plan: Plan
     pooling: bool = False
+    num_steps: int = 1  # see `SchedulerConfig`
     kv: jax.Array = field(init=False)
     usual: StepOptions | None = None
 
@@ -214,7 +215,9 @@ class Runner:
             num_logprobs=self._num_logprobs(logprobs),
             num_prompt_logprobs=self._num_logprobs([n for n in prompt_logprobs if n is not None]),
         )
-        return self.usual if self.usual is not None and self.usual.covers(options) else options
+        if self.usual is not None and self.usual.covers(options):
+            options = self.usual
+        return replace(options, num_steps=batch.num_steps)
 
     def _layout(self, bucket: Bucket, options: StepOptions) -> Layout:
         return Layout(bucket, options, self.plan.page_size, self.model_config.vocab_size)
@@ -308,7 +311,7 @@ class Runner:
         out = np.asarray(flight.out)[flight.rows]
         if self.pooling:
             hidden = out.view(np.float32)
-            return StepResult(np.where(np.isfinite(hidden).all(1), 0, -1).tolist(), None, {}, hidden)
+            return StepResult([np.where(np.isfinite(hidden).all(1), 0, -1).tolist()], None, {}, hidden)
         prompt_logprobs = {}
         if flight.prompt_out is not None:
             prompt_out = np.asarray(flight.prompt_out)
@@ -316,8 +319,9 @@ class Runner:
                 if chunk.request.params.prompt_logprobs is not None:
                     start = flight.query_starts[i]
                     prompt_logprobs[i] = _unpack(prompt_out[start : start + chunk.num_tokens])
-        logprobs = _unpack(out) if out.shape[1] > 1 else None
-        return StepResult(out[:, 0].tolist(), logprobs, prompt_logprobs)
+        num_steps = flight.batch.num_steps
+        logprobs = _unpack(out) if out.shape[1] > num_steps else None
+        return StepResult(out[:, :num_steps].T.tolist(), logprobs, prompt_logprobs)
 
     # Compiling
 
@@ -329,6 +333,8 @@ class Runner:
         """
         self.usual = options[0]
         keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
+        if self.num_steps > 1:
+            keys += [(b, replace(o, num_steps=self.num_steps)) for b, o in keys if not b.num_tokens]
         self.compiles.ahead([(b, o) for b, o in keys if not (o.pooling and b.num_decodes)], progress=progress)
 
     def _lower(self, bucket: Bucket, options: StepOptions):

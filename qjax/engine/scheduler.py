@@ -30,6 +30,7 @@ class SchedulerConfig:
       max_model_len: prompt and output tokens of a request.
       max_num_prefills: prefill chunks in one step.
       policy: order of waiting requests: by arrival, or by (priority, arrival).
+      num_steps: decode steps that are sent to the device at once, where that disturbs nobody; at most a page's tokens.
     """
 
     max_num_seqs: int
@@ -37,9 +38,10 @@ class SchedulerConfig:
     max_model_len: int
     max_num_prefills: int = 8
     policy: Literal["fcfs", "priority"] = "fcfs"
+    num_steps: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_num_prefills"):
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_num_prefills", "num_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if self.policy not in ("fcfs", "priority"):
@@ -78,6 +80,7 @@ class ScheduledBatch:
     decodes: list[ScheduledChunk]
     prefills: list[ScheduledChunk]
     preempted: list[Request]
+    num_steps: int = 1  # tokens that each decode samples one after the other, without the host; 1 with prefills
 
     @property
     def is_empty(self) -> bool:
@@ -129,10 +132,6 @@ class Scheduler:
     def has_work(self) -> bool:
         """Some request has not ended. If `schedule` then gives an empty batch, steps in flight must be read first."""
         return bool(self._requests)
-
-    def get(self, request_id: str) -> Request | None:
-        """The request, unless it is unknown or has ended."""
-        return self._requests.get(request_id)
 
     def add(self, request: Request) -> None:
         """Queues a new request.
@@ -192,6 +191,7 @@ class Scheduler:
         decodes: list[ScheduledChunk] = []
         prefills: list[ScheduledChunk] = []
         preempted: list[Request] = []
+        num_steps = self._num_steps()
 
         # Never more decodes than the budget: each began as a chunk in a step that had room for it beside the others.
         for request in list(self.running):
@@ -202,9 +202,9 @@ class Scheduler:
             if request.may_be_held_back and is_held_back(request):
                 budget -= 1  # nobody comes in on its place in the step: it will be back
                 continue
-            if not self._may_grow(request) or not self._make_room(request, preempted):
+            if not self._may_grow(request) or not self._make_room(request, preempted, num_steps):
                 continue
-            decodes.append(self._advance(request, 1))
+            decodes.append(self._advance(request, 1, num_steps))
             budget -= 1
 
         for request in self.running:
@@ -222,10 +222,10 @@ class Scheduler:
             prefills.append(self._advance(request, budget))
             budget -= prefills[-1].num_tokens
 
-        return ScheduledBatch(decodes, prefills, preempted)
+        return ScheduledBatch(decodes, prefills, preempted, num_steps)
 
     def update(self, batch: ScheduledBatch, token_ids: Sequence[int]) -> list[tuple[Request, int]]:
-        """Takes the tokens that a step sampled, in the order of `batch.sampling`; steps are read in their order.
+        """Takes the tokens that one step sampled, in the order of `batch.sampling`; steps are read in their order.
 
         Returns:
           The requests that got a token, and the token, those included that end by it. Requests that ended before are
@@ -277,6 +277,12 @@ class Scheduler:
     def _num_pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self.pool.page_size)
 
+    def _num_steps(self) -> int:
+        """All where nobody waits and no token depends on the host. Those behind an answer's end are in vain."""
+        more = 0 if self.waiting else self.config.num_steps - 1
+        fits = lambda r: r.is_plain and r.has_device_token and r.num_tokens + more < self.max_model_len
+        return 1 + more if more and all(map(fits, self.running)) else 1
+
     def _may_grow(self, request: Request) -> bool:
         """False where a token still on the device will be the last by max_tokens or max_model_len."""
         num_output = len(request.output_token_ids) + request.num_pending
@@ -292,15 +298,15 @@ class Scheduler:
         if num_output >= request.max_tokens or request.num_known_tokens >= self.max_model_len:
             self.finish(request, "length")
 
-    def _advance(self, request: Request, budget: int) -> ScheduledChunk:
-        """Takes up to `budget` tokens of a running request into the step. Their pages are there already."""
+    def _advance(self, request: Request, budget: int, num_steps: int = 1) -> ScheduledChunk:
+        """Takes up to `budget` tokens of a running request into the step, or one into each of several."""
         start = request.num_computed_tokens
         left = request.num_tokens - start
         num_tokens = min(left, budget)
         samples = num_tokens == left
-        request.num_computed_tokens += num_tokens
+        request.num_computed_tokens += num_tokens + num_steps - 1
         if samples:
-            request.num_pending += 1
+            request.num_pending += num_steps
             request.has_device_token = True
         return ScheduledChunk(request, start, num_tokens, samples)
 
@@ -359,9 +365,9 @@ class Scheduler:
             self.pool.register(request.page_ids[i], request.page_hashes[i])
         request.num_registered_pages = max(request.num_registered_pages, num_full)
 
-    def _make_room(self, request: Request, preempted: list[Request]) -> bool:
-        """Makes sure that a decode has the page of its next token, at the cost of the last in rank, maybe itself."""
-        if self._num_pages(request.num_tokens) <= len(request.page_ids):
+    def _make_room(self, request: Request, preempted: list[Request], num_steps: int) -> bool:
+        """Makes sure that a decode has the page of its next tokens, at the cost of the last in rank, maybe itself."""
+        if self._num_pages(request.num_tokens + num_steps - 1) <= len(request.page_ids):
             return True
         while self.pool.num_free == 0:
             victim = self.running[-1]

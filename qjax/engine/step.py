@@ -42,6 +42,7 @@ class StepOptions:
     num_logprobs: int | None = None  # likeliest tokens returned a row; None: no logprobs at all
     num_prompt_logprobs: int | None = None
     pooling: bool = False  # the step gives hidden states; nothing is sampled
+    num_steps: int = 1  # decode steps one after the other; more than one only with what is above `penalties`
 
     def covers(self, other: "StepOptions") -> bool:
         """Whether a step with these options gives what one with the `other` ones does: it samples more ways."""
@@ -134,10 +135,10 @@ def step(
       packed: int32 [Layout.size].
 
     Returns:
-      (kv, state, counts, out, prompt_out). `out` is int32 [R, 1] with the sampled tokens (-1: the row's logits are
-      not numbers), and with logprobs [R, 3 + 2 N]: token, logprob (float bits), rank, N ids, N logprobs (float bits).
-      `prompt_out` is None or int32 [Tp, 3 + 2 N] of the same form for the prompt's own next tokens. With pooling `out`
-      is int32 [R, D]: the hidden states after the last norm (float32 bits).
+      (kv, state, counts, out, prompt_out). `out` is int32 [R, num_steps] with the sampled tokens (-1: the row's
+      logits are not numbers), and with logprobs [R, 3 + 2 N]: token, logprob (float bits), rank, N ids, N logprobs
+      (float bits). `prompt_out` is None or int32 [Tp, 3 + 2 N] of the same form for the prompt's own next tokens. With
+      pooling `out` is int32 [R, D]: the hidden states after the last norm (float32 bits).
     """
     model = merge(modeldef, leaves)
     meta = Layout(bucket, options, page_size, model.config.vocab_size).unpack(packed)
@@ -145,6 +146,10 @@ def step(
 
     updates = meta["table_updates"]
     page_table = state.page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
+    if options.num_steps > 1:
+        run = functools.partial(_decode, model, meta, bucket, options, page_size, page_table)
+        kv, last_tokens, out = run(kv, state.last_tokens)
+        return kv, DeviceState(last_tokens, page_table), counts, out, None
     batch, sample_rows, lengths = _batch(meta, bucket, page_size, page_table, state.last_tokens)
     hidden, kv = model(batch, kv)
     if options.pooling:
@@ -161,19 +166,7 @@ def step(
         logits = apply_logit_edits(logits, meta["edit_ids"], meta["edit_values"], meta["only_listed"] != 0)
     if options.masked:
         logits = apply_mask(logits, meta["mask"])
-    if options.sampling:
-        params = SamplingBatch(
-            temperature=meta["temperature"],
-            top_k=meta.get("top_k"),
-            top_p=meta.get("top_p"),
-            min_p=meta["min_p"],
-            seeds=meta["seeds"],
-            counters=lengths,
-        )
-        tokens = sample(logits, params, is_few=options.few)
-    else:
-        tokens = greedy(logits)
-
+    tokens = _choose(logits, meta, lengths, options)
     slots = meta["sample_slots"]
     state = DeviceState(state.last_tokens.at[slots].set(jnp.maximum(tokens, 0)), page_table)
     if options.penalties:
@@ -187,6 +180,38 @@ def step(
     if options.num_prompt_logprobs is not None:
         prompt_out = _prompt_logprobs(model, hidden[bucket.num_decodes :], meta["targets"], options.num_prompt_logprobs)
     return kv, state, counts, out, prompt_out
+
+
+def _choose(logits: jax.Array, meta, lengths: jax.Array, options: StepOptions) -> jax.Array:
+    """int32 [R]: the next tokens."""
+    if not options.sampling:
+        return greedy(logits)
+    params = SamplingBatch(
+        temperature=meta["temperature"],
+        top_k=meta.get("top_k"),
+        top_p=meta.get("top_p"),
+        min_p=meta["min_p"],
+        seeds=meta["seeds"],
+        counters=lengths,
+    )
+    return sample(logits, params, is_few=options.few)
+
+
+def _decode(model, meta, bucket: Bucket, options: StepOptions, page_size: int, page_table, kv, last_tokens):
+    """`num_steps` steps of decoding sequences whose pages are all there: (kv, last_tokens, tokens [R, num_steps])."""
+
+    def one(i, carry):
+        kv, last_tokens, out = carry
+        lens = meta["decode_lens"]
+        now = meta | {"decode_lens": jnp.where(lens > 0, lens + i, 0)}
+        batch, rows, lengths = _batch(now, bucket, page_size, page_table, last_tokens)
+        hidden, kv = model(batch, kv)
+        tokens = _choose(model.logits(hidden[rows]), meta, lengths, options)
+        last_tokens = last_tokens.at[meta["sample_slots"]].set(jnp.maximum(tokens, 0))
+        return kv, last_tokens, out.at[:, i].set(tokens)
+
+    out = jnp.zeros((bucket.num_rows, options.num_steps), jnp.int32)
+    return jax.lax.fori_loop(0, options.num_steps, one, (kv, last_tokens, out))
 
 
 def _batch(meta, bucket: Bucket, page_size: int, page_table, last_tokens):
