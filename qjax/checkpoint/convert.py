@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from qjax.checkpoint.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME, open_folder
+from qjax.checkpoint.safetensors import DTYPES, INDEX_NAME, SINGLE_NAME, check_not_modelopt, open_folder
 from qjax.models.config import ModelConfig
 from qjax.quantization.writing import CONFIGS, Made, shapes_of, tensors_of
 
@@ -68,6 +68,7 @@ def convert(
     quantization.check_sizes(1, **{name: getattr(config, name) for name in sizes})
     if output.exists():
         raise ValueError(f"{output} exists already: remove it, or name another folder.")
+    check_not_modelopt(source)
     tensors = open_folder(source)
     found, expected = sum(map(bool, map(PROJECTION.fullmatch, tensors))), 7 * config.num_hidden_layers
     if found != expected:

@@ -24,11 +24,13 @@ from qjax.checkpoint.names import Leaf, contiguous, leaf_of
 from qjax.models.config import ModelConfig
 from qjax.models.layers import INIT_STDDEV
 from qjax.models.qwen3 import ModelDef, abstract_model
+from qjax.quantization.config import SUPPORTED
 from qjax.quantization.int4 import pack_scales
 from qjax.quantization.online import as_read, quantize_on_devices, scales_to_make
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+MODELOPT_NAME = "hf_quant_config.json"
 FLOATS = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
 # Those of quantised weights are never converted.
 DTYPES = FLOATS | {"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "I32": np.dtype(np.int32)}
@@ -53,6 +55,7 @@ def load_params(
     Raises:
       ValueError: the folder is no checkpoint of this model; the message names the file or the tensor.
     """
+    check_not_modelopt(folder)
     modeldef, leaves = abstract_model(config, dtype, mesh)
     rules = _rules(config, mesh, modeldef)
     tensors = _full_names(open_folder(folder))
@@ -131,6 +134,12 @@ def save_params(
         for rule, leaf in zip(rules, leaves, strict=True):
             for tensor in rule.write(np.asarray(leaf)).values():
                 file.write(contiguous(tensor.view(f"u{tensor.itemsize}")).data)
+
+
+def check_not_modelopt(folder: str | os.PathLike) -> None:
+    """Raises ValueError where NVIDIA's ModelOpt quantised: older versions of it say so in a file of their own alone."""
+    if (Path(folder) / MODELOPT_NAME).exists():
+        raise ValueError(f"{folder}: {MODELOPT_NAME}: quant_method='modelopt' is not supported. {SUPPORTED}")
 
 
 def open_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:

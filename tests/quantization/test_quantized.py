@@ -179,6 +179,29 @@ def test_other_kinds_are_refused_by_name(method, changes, message):
     assert "Supported:" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        {"quant_method": "gguf"},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "mxfp4"},
+    ],
+    ids=lambda other: other["quant_method"],
+)
+def test_other_methods_are_refused_by_name(other):
+    with pytest.raises(ValueError, match=rf"quant_method='{other['quant_method']}' is not supported. Supported: .*awq"):
+        ModelConfig.from_hf(TINY | {"quantization_config": other})
+
+
+def test_modelopts_own_file_is_seen(tmp_path, pair):
+    _, plain = pair
+    (tmp_path / "hf_quant_config.json").write_text('{"quantization": {"quant_algo": "FP8"}}')
+    with pytest.raises(ValueError, match=r"hf_quant_config.json: quant_method='modelopt' is not supported. Supported:"):
+        load_params(tmp_path, config_of(plain), mesh_of(1), "float32", progress=False)
+
+
 def test_version_may_be_in_capitals():
     assert tiny("awq", quantization_config=QUANTIZATION["awq"] | {"version": "GEMM"}).quantization is not None
 
