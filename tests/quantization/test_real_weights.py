@@ -35,8 +35,8 @@ TEXTS = (
     topics["formatstrings"] + topics["import"] + topics["exceptions"] + topics["naming"],
 )
 TOKENS = 1024  # of each text
-# Perplexity over that of the plain weights. Seen: 1.0037 and 1.0533. int4's bar is 1.04, which rounding to nearest without
-# calibration data does not hold: 1.07 only watches over what it does.
+# Perplexity over that of the plain weights. Seen: 1.0037 and 1.0533. int4's bar is 1.04, which rounding to nearest does
+# not hold without calibration data: 1.07 only watches over what it does.
 MAX_RATIO = {"fp8": 1.01, "int4": 1.07}
 
 
