@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 FinishReason = Literal["stop", "length", "abort", "error", "repetition"]
+STEP_FAILED = "step_failed"  # the stop_reason of an "error" that is not the request's own: it may be sent again
 
 
 @dataclass(frozen=True)

@@ -212,7 +212,7 @@ class AsyncEngine:
         def add_or_refuse() -> None:
             try:
                 add()
-            except ValueError as error:
+            except Exception as error:  # of this request alone: nothing was queued
                 self._loop.call_soon_threadsafe(stream.put_nowait, error)
 
         self._inbox.put(add_or_refuse)
@@ -253,7 +253,7 @@ class AsyncEngine:
         was_sleeping, self._is_sleeping = self._is_sleeping, True
         try:
             await self._call(sleep)
-        except ValueError:
+        except Exception:
             self._is_sleeping = was_sleeping
             raise
 
@@ -267,18 +267,18 @@ class AsyncEngine:
         self._is_sleeping = bool(self.engine.sleeper.asleep)
 
     async def _call[T](self, function: Callable[[], T]) -> T:
-        """What the function returns or, as a ValueError, raises in the engine's thread, between two steps."""
+        """What the function returns or raises in the engine's thread, between two steps."""
         self._check_alive()
         done: asyncio.Future[T] = self._loop.create_future()
 
-        def settle(result: T | None, error: ValueError | None) -> None:
+        def settle(result: T | None, error: Exception | None) -> None:
             if not done.done():  # whoever waited may have gone
                 done.set_result(result) if error is None else done.set_exception(error)  # type: ignore[arg-type]
 
         def call() -> None:
             try:
                 self._loop.call_soon_threadsafe(settle, function(), None)
-            except ValueError as error:
+            except Exception as error:
                 self._loop.call_soon_threadsafe(settle, None, error)
 
         self._calls.add(done)

@@ -45,8 +45,10 @@ class CompiledSteps:
         if key not in self._steps:
             started = time.perf_counter()
             self.is_running = True
-            self._steps[key] = self._compile(key)
-            self.is_running, self.ended = False, time.monotonic()
+            try:
+                self._steps[key] = self._compile(key)
+            finally:
+                self.is_running, self.ended = False, time.monotonic()
             self._add(1, started)
             log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)
         return self._steps[key]

@@ -3,6 +3,7 @@
 Not thread-safe: one thread adds, aborts and steps. `AsyncEngine` and `LLM` are the two drivers of it.
 """
 
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -12,24 +13,28 @@ import jax
 import jax.numpy as jnp
 
 from qjax.config import EngineConfig
-from qjax.engine.answers import Answer, Group
+from qjax.engine.answers import Answer, Group, logprob_dict
 from qjax.engine.block_pool import BlockPool
+from qjax.engine.checking import check
 from qjax.engine.ending import host_end
+from qjax.engine.faults import Recovery, StepError
 from qjax.engine.loading import Loaded, load, load_weights
 from qjax.engine.logit_edits import bad_words_token_ids
 from qjax.engine.metrics import Metrics
 from qjax.engine.repetition import loop_detector
 from qjax.engine.request import Request
-from qjax.engine.runner import InFlight, Logprobs, Runner, is_filtered, keeps_few
+from qjax.engine.runner import InFlight, Logprobs, Runner, StepResult, is_filtered, keeps_few
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.engine.sleeping import TAGS, Sleeper
 from qjax.engine.step import StepOptions
 from qjax.engine.weights import update
-from qjax.outputs import Logprob, RequestOutput
+from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
 from qjax.text.constraint import make_constraint
 from qjax.text.detokenizer import Detokenizer
 from qjax.text.grammar import GrammarCompiler
+
+log = logging.getLogger("qjax")
 
 # Requests that must be read before they go on take part in every second step as long as they are few: at most one in
 # this many. If they are more, all wait for them, and the step in flight is read first.
@@ -88,6 +93,7 @@ class Engine:
             ),
             self.pool,
         )
+        self.recovery = Recovery(self.scheduler, self.runner)
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
         self.metrics = Metrics(config.model, self.plan.max_model_len)
         self._groups: dict[str, Group] = {}
@@ -151,9 +157,8 @@ class Engine:
         if params.structured_outputs is not None:
             self.grammars.compile(params.structured_outputs)  # before anything is queued: it may be refused
         bad_words = bad_words_token_ids(params.bad_words or [], self.tokenizer.encode)
-        group = Group(request_id, prompt, [])
-        for index in range(params.n):
-            request = Request(
+        requests = [
+            Request(
                 request_id=request_id if params.n == 1 else f"{request_id}#{index}",
                 prompt_token_ids=list(prompt_token_ids),
                 params=params,
@@ -168,42 +173,34 @@ class Engine:
                 priority=priority,
                 cache_salt=cache_salt,
             )
-            detokenizer = Detokenizer(self.tokenizer, params) if params.detokenize else None
-            answer = Answer(request, index, detokenizer)
+            for index in range(params.n)
+        ]
+        make_detokenizer = lambda: Detokenizer(self.tokenizer, params) if params.detokenize else None
+        answers = [Answer(request, index, make_detokenizer()) for index, request in enumerate(requests)]
+        self._queue(Group(request_id, prompt, answers))
+
+    def _queue(self, group: Group) -> None:
+        """Raises ValueError if the scheduler refuses an answer; nothing was queued then."""
+        requests = [answer.request for answer in group.answers]
+        if taken := [r.request_id for r in requests if r.request_id in self._answers]:
+            raise ValueError(f"request_id {taken[0]!r} is in use by a running request.")
+        for request in requests:  # of one length: it refuses the first, or none
             self.scheduler.add(request)
-            group.answers.append(answer)
-            self._answers[request.request_id] = (group, answer)
-        self._groups[request_id] = group
+        self._groups[group.request_id] = group
+        self._answers |= {answer.request.request_id: (group, answer) for answer in group.answers}
 
     def check_request(self, request_id: str, prompt_token_ids: list[int], params: SamplingParams) -> None:
         """Raises ValueError if the engine cannot serve this request."""
         self.sleeper.check_awake(*TAGS)
         if request_id in self._groups:
             raise ValueError(f"request_id {request_id!r} is in use by a running request.")
-        num_tokens, vocab = len(prompt_token_ids), self.model_config.vocab_size
-        if num_tokens == 0:
-            raise ValueError("The prompt is empty: at least one token is needed.")
-        if num_tokens >= self.max_model_len:
-            raise ValueError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, your prompt contains "
-                f"{num_tokens} input tokens, which leaves no room for an answer. Please shorten the prompt, or raise "
-                "--max-model-len."
-            )
-        for name, ids in (
-            ("prompt", prompt_token_ids),
-            ("stop_token_ids", params.stop_token_ids or []),
-            ("allowed_token_ids", params.allowed_token_ids or []),
-            ("logit_bias", params.logit_bias or {}),
-        ):
-            wrong = next((i for i in ids if not 0 <= i < vocab), None)
-            if wrong is not None:
-                raise ValueError(f"{name} has the token id {wrong}; the model's ids are 0 to {vocab - 1}.")
-        limit = vocab if self.config.max_logprobs == -1 else self.config.max_logprobs
-        for name in ("logprobs", "prompt_logprobs"):
-            asked = getattr(params, name)
-            asked = vocab if asked == -1 else asked
-            if asked is not None and asked > limit:
-                raise ValueError(f"Requested {name} of {asked}, which is greater than max allowed: {limit}.")
+        check(
+            prompt_token_ids,
+            params,
+            max_model_len=self.max_model_len,
+            vocab_size=self.model_config.vocab_size,
+            max_logprobs=self.config.max_logprobs,
+        )
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its last delta says "abort". None if there is no such request (it may just have ended)."""
@@ -219,7 +216,26 @@ class Engine:
     # The step
 
     def step(self) -> list[RequestOutput]:
-        """Dispatches the next step, then reads the one before it. Returns what is new, as deltas."""
+        """Dispatches the next step, then reads the one before it. Returns what is new, as deltas.
+
+        The requests of a step that fails end with finish_reason "error" and stop_reason `STEP_FAILED`.
+
+        Raises:
+          RuntimeError: a broken invariant, or a device that does nothing any more.
+        """
+        try:
+            touched = self._step()
+        except StepError as failure:
+            touched = self._recover(failure)
+        self.num_waiting = self.scheduler.num_waiting
+        self.metrics.on_step(running=self.scheduler.num_running, waiting=self.num_waiting, kv_usage=self.pool.usage)
+        self.metrics.on_compiles(self.runner.compiles.count, self.runner.compiles.seconds)
+        if not self.has_work:
+            self.scheduler.check_integrity()
+        return [output for group in touched if (output := self._emit(group)) is not None]
+
+    def _step(self) -> dict[Group, None]:
+        """Returns the groups that may have something new, in order."""
         touched: dict[Group, None] = {}
         before = self._flight
         if self.scheduler.num_held_back * MAX_HELD_BACK > self.scheduler.num_running:
@@ -228,30 +244,46 @@ class Engine:
         flight = None
         if not batch.is_empty:
             self.metrics.on_dispatch(is_late=before is not None and before.is_done)
-            flight = self.runner.dispatch(batch)
+            self.metrics.on_preempted(len(batch.preempted))
+            try:
+                flight = self.runner.dispatch(batch)
+            except Exception as error:
+                raise StepError(batch) from error
         touched |= self._update()
         self._flight = flight
-        self.num_waiting = self.scheduler.num_waiting
-        self.metrics.on_step(
-            running=self.scheduler.num_running,
-            waiting=self.num_waiting,
-            kv_usage=self.pool.usage,
-            preempted=len(batch.preempted),
-        )
-        self.metrics.on_compiles(self.runner.compiles.count, self.runner.compiles.seconds)
-        if not self.has_work:
-            self.scheduler.check_integrity()
-        return [output for group in touched if (output := self._emit(group)) is not None]
+        if flight is not None and self.recovery.is_short:
+            self.recovery.on_good_step()
+        return touched
+
+    def _recover(self, failure: StepError) -> dict[Group, None]:
+        """Ends whom the failure concerns. Returns all groups: some may have got something just before it."""
+        try:
+            self._update()  # the step before may have ended well; if it has not, that is where it began
+        except StepError as earlier:
+            failure = earlier
+        groups = dict.fromkeys(self._groups.values())
+        for request in self.recovery.after(failure):
+            self._flush(self._answers[request.request_id][1])
+        self.metrics.on_failure()
+        return groups
+
+    def _collect(self, flight: InFlight) -> StepResult:
+        try:
+            return self.runner.collect(flight)
+        except Exception as error:
+            raise StepError(flight.batch) from error
 
     def _update(self) -> dict[Group, None]:
         """Reads the step in flight, if there is one. Returns the groups that have something new, in order."""
         flight, self._flight = self._flight, None
         if flight is None:
             return {}
-        result = self.runner.collect(flight)
+        result = self._collect(flight)
         touched: dict[Group, None] = {}
         for i, rows in result.prompt_logprobs.items():
-            self._add_prompt_logprobs(flight.batch.prefills[i], rows)
+            chunk = flight.batch.prefills[i]
+            if (id := chunk.request.request_id) in self._answers:
+                self._answers[id][0].add_prompt_logprobs(chunk.request, chunk.start, rows, self.tokenizer)
         sampled = {}
         for i, chunk in enumerate(flight.batch.sampling):
             if result.logprobs is not None and chunk.request.params.logprobs is not None:
@@ -273,7 +305,10 @@ class Engine:
             if answer.request is not chunk.request or answer.is_reported:
                 continue
             if accepted.get(chunk.request, -1) >= 0:
-                self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
+                try:
+                    self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
+                except Exception:  # a bug, or a grammar's: of this answer alone
+                    self._give_up(answer)
             if chunk.request.is_finished and chunk.request in accepted:
                 self._flush(answer)
             touched[group] = None
@@ -287,7 +322,7 @@ class Engine:
             request.finish_reason, request.stop_reason = end
         if logprobs is not None and params.logprobs is not None:
             answer.cumulative_logprob += logprobs.logprob
-            answer.logprobs.append(self._logprob_dict(token_id, logprobs, params.logprobs))
+            answer.logprobs.append(logprob_dict(token_id, logprobs, params.logprobs, self.tokenizer))
         ended_by_id = request.is_finished and token_id in request.stop_token_ids | request.eos_token_ids
         if answer.detokenizer is None or (ended_by_id and not params.include_stop_str_in_output):
             return
@@ -298,34 +333,19 @@ class Engine:
             # Also where the same token was the last by max_tokens: the text ends by the stop string.
             request.finish_reason, request.stop_reason = "stop", answer.detokenizer.stop_match
 
+    def _give_up(self, answer: Answer) -> None:
+        """Ends an answer in whose token something raised."""
+        request = answer.request
+        log.exception("request %s failed", request.request_id, extra={"request_ids": [request.request_id]})
+        answer.detokenizer = None
+        self.scheduler.finish(request, "error")
+        request.finish_reason = "error"
+
     def _flush(self, answer: Answer) -> None:
         """The answer has ended."""
         self.metrics.on_end(answer.request)
         if answer.detokenizer is not None:
             answer.text += answer.detokenizer.flush()
-
-    def _add_prompt_logprobs(self, chunk, rows: list[Logprobs]) -> None:
-        """Row r of a chunk has the logprobs of the prompt token after position `chunk.start + r`."""
-        if chunk.request.request_id not in self._answers:
-            return
-        group, answer = self._answers[chunk.request.request_id]
-        prompt, num = chunk.request.prompt_token_ids, chunk.request.params.prompt_logprobs
-        if answer.index > 0 or num is None:
-            return
-        if group.prompt_logprobs is None:
-            group.prompt_logprobs = [None] * len(prompt)
-        for position, row in enumerate(rows, chunk.start + 1):
-            if position < len(prompt):
-                group.prompt_logprobs[position] = self._logprob_dict(prompt[position], row, num)
-
-    def _logprob_dict(self, token_id: int, row: Logprobs, num: int) -> dict[int, Logprob]:
-        """The token itself first, then the `num` likeliest (-1: all)."""
-        piece = lambda i: self.tokenizer.token_bytes(i).decode("utf-8", "replace")
-        num = len(row.top_ids) if num == -1 else num
-        entries = {token_id: Logprob(row.logprob, row.rank, piece(token_id))}
-        for rank, (i, logprob) in enumerate(zip(row.top_ids[:num], row.top_logprobs, strict=False), 1):
-            entries.setdefault(i, Logprob(logprob, rank, piece(i)))
-        return entries
 
     # Deltas out
 

@@ -8,11 +8,6 @@ from qjax.engine.request import Request
 BAN = float("-inf")
 
 
-def has_edits(request: Request) -> bool:
-    p = request.params
-    return bool(p.logit_bias or p.allowed_token_ids or request.bad_words_token_ids or p.min_tokens)
-
-
 def is_held_back(request: Request) -> bool:
     """Whether the next step cannot compute the request: its bans depend on a token that the host has not read."""
     if not request.num_pending:

@@ -73,6 +73,7 @@ class Metrics:
         self._late_steps = make(
             Counter, "qjax:num_late_steps", "Steps sent after the device had ended the one before: it waited."
         )
+        self._failed_steps = make(Counter, "qjax:num_failed_steps", "Steps that ended with an error.")
         self._last_token_times: dict[Request, float] = {}
 
     def on_dispatch(self, *, is_late: bool) -> None:
@@ -80,11 +81,17 @@ class Metrics:
         self._steps.inc()
         self._late_steps.inc(is_late)
 
-    def on_step(self, *, running: int, waiting: int, kv_usage: float, preempted: int) -> None:
+    def on_step(self, *, running: int, waiting: int, kv_usage: float) -> None:
         self._running.set(running)
         self._waiting.set(waiting)
         self._kv_usage.set(kv_usage)
-        self._preemptions.inc(preempted)
+
+    def on_preempted(self, num: int) -> None:
+        self._preemptions.inc(num)
+
+    def on_failure(self) -> None:
+        """A step has failed."""
+        self._failed_steps.inc()
 
     def on_compiles(self, count: int, seconds: float) -> None:
         self._compiles.set(count)

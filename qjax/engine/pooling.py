@@ -139,9 +139,7 @@ class PoolingEngine(Engine):
             priority=priority,
             cache_salt=cache_salt,
         )
-        self.scheduler.add(request)
-        group = self._groups[request_id] = Group(request_id, None, [Answer(request, 0, None)])
-        self._answers[request_id] = (group, group.answers[0])
+        self._queue(Group(request_id, None, [Answer(request, 0, None)]))
         self._params[request] = params
 
     # The step
@@ -150,7 +148,7 @@ class PoolingEngine(Engine):
         flight, self._flight = self._flight, None
         if flight is None:
             return {}
-        result = self.runner.collect(flight)
+        result = self._collect(flight)
         if result.hidden is None:
             raise RuntimeError("a step of a pooling engine gave no hidden states")
         touched: dict[Group, None] = {}

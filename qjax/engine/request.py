@@ -9,6 +9,14 @@ from qjax.sampling_params import SamplingParams
 from qjax.text.constraint import Constraint
 
 
+class RequestError(Exception):
+    """What a request asks for makes its step impossible; `__cause__` says how. The others in the step are fine."""
+
+    def __init__(self, request: "Request"):
+        super().__init__(f"request {request.request_id!r} cannot be computed")
+        self.request = request
+
+
 class RequestStatus(enum.Enum):
     WAITING = "waiting"  # new, or preempted: holds no page and no slot
     RUNNING = "running"
@@ -55,6 +63,8 @@ class Request:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     finished_time: float | None = None
+    has_edits: bool = field(init=False)  # see `edits_of`
+    has_penalties: bool = field(init=False)
     may_be_held_back: bool = field(init=False)  # see `is_held_back`: asked in every step
     is_plain: bool = field(init=False)  # nothing but its tokens is asked for, and no token depends on the host
 
@@ -62,9 +72,9 @@ class Request:
         p = self.params
         has_long_words = any(len(word) > 1 for word in self.bad_words_token_ids)
         self.may_be_held_back = self.constraint is not None or has_long_words
-        has_edits = bool(p.logit_bias or p.allowed_token_ids or self.bad_words_token_ids or p.min_tokens)
-        has_penalties = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
-        has_extras = has_edits or has_penalties or p.logprobs is not None or self.is_pooling
+        self.has_edits = bool(p.logit_bias or p.allowed_token_ids or self.bad_words_token_ids or p.min_tokens)
+        self.has_penalties = p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
+        has_extras = self.has_edits or self.has_penalties or p.logprobs is not None or self.is_pooling
         self.is_plain = self.constraint is None and self.loops is None and not has_extras
 
     @property

@@ -16,11 +16,11 @@ from qjax import sharding
 from qjax.engine.addresses import StepInputs, make_holes
 from qjax.engine.buckets import Bucket, Buckets
 from qjax.engine.compiling import CompiledSteps
-from qjax.engine.logit_edits import edits_of, has_edits
+from qjax.engine.logit_edits import edits_of
 from qjax.engine.memory import Plan
-from qjax.engine.request import Request
+from qjax.engine.request import Request, RequestError
 from qjax.engine.sampler import MAX_FEW, split_seed
-from qjax.engine.scheduler import ScheduledBatch
+from qjax.engine.scheduled import ScheduledBatch
 from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import ModelDef
@@ -122,6 +122,12 @@ class Runner:
         self.counts: TokenCounts | None = None
         self.slots = [_Slot() for _ in range(self.plan.max_num_seqs + 1)]
 
+    def drop_cache(self) -> None:
+        """Frees what `make_cache` made, whatever has become of it: a step that failed may have consumed it."""
+        for array in jax.tree.leaves((self.kv, self.state, self.counts)):
+            array.delete()
+        self.inputs = StepInputs(self.replicated)
+
     def _cache(self) -> tuple[Any, DeviceState]:
         """What `make_cache` makes."""
         plan, model, num_slots = self.plan, self.model_config, self.plan.max_num_seqs
@@ -178,9 +184,12 @@ class Runner:
                 "presence": p.presence_penalty,
                 "frequency": p.frequency_penalty,
             }
-            for name, value in row.items():
-                self.params[name][chunk.slot] = value
-            if has_penalties(request):
+            try:
+                for name, value in row.items():
+                    self.params[name][chunk.slot] = value
+            except (TypeError, OverflowError) as error:
+                raise RequestError(request) from error
+            if request.has_penalties:
                 self._start_counts(chunk.slot, request)
 
     def _start_counts(self, slot: int, request: Request) -> None:
@@ -201,7 +210,7 @@ class Runner:
         if self.pooling:
             return StepOptions(pooling=True)
         requests = [chunk.request for chunk in batch.sampling]
-        longest = max((len(edits_of(r)[0]) for r in requests if has_edits(r)), default=0)
+        longest = max((len(edits_of(r)[0]) for r in requests if r.has_edits), default=0)
         logprobs = [r.params.logprobs for r in requests if r.params.logprobs is not None]
         prompt_logprobs = [c.request.params.prompt_logprobs for c in batch.prefills]
         random = [r.params for r in requests if not r.params.is_greedy]
@@ -209,7 +218,7 @@ class Runner:
             sampling=bool(random),
             filtering=any(map(is_filtered, random)),
             few=bool(random) and all(map(keeps_few, random)),
-            penalties=any(has_penalties(r) for r in requests),
+            penalties=any(r.has_penalties for r in requests),
             num_edits=next((n for n in (0, *EDIT_SIZES) if n >= longest), self.model_config.vocab_size),
             masked=any(r.constraint is not None for r in requests),
             num_logprobs=self._num_logprobs(logprobs),
@@ -294,11 +303,14 @@ class Runner:
             fields["mask"][:] = -1
             for row, chunk in zip(rows, batch.sampling, strict=True):
                 if chunk.request.constraint is not None:
-                    chunk.request.constraint.fill(fields["mask"][row])
+                    try:
+                        chunk.request.constraint.fill(fields["mask"][row])
+                    except Exception as error:
+                        raise RequestError(chunk.request) from error
         if options.num_edits:
             fields["edit_ids"][:] = -1
             for row, chunk in zip(rows, batch.sampling, strict=True):
-                if has_edits(chunk.request):
+                if chunk.request.has_edits:
                     edits, only_listed = edits_of(chunk.request)
                     fields["edit_ids"][row, : len(edits)] = list(edits)
                     fields["edit_values"][row, : len(edits)] = list(edits.values())
@@ -363,11 +375,6 @@ def is_filtered(params: SamplingParams) -> bool:
 
 def keeps_few(params: SamplingParams) -> bool:
     return not params.is_greedy and 0 < params.top_k <= MAX_FEW
-
-
-def has_penalties(request: Request) -> bool:
-    p = request.params
-    return p.repetition_penalty != 1.0 or p.presence_penalty != 0.0 or p.frequency_penalty != 0.0
 
 
 def _unpack(rows: np.ndarray) -> list[Logprobs]:

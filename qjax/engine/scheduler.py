@@ -17,6 +17,7 @@ from typing import Literal
 from qjax.engine.block_pool import BlockPool, hash_page
 from qjax.engine.logit_edits import is_held_back
 from qjax.engine.request import Request, RequestStatus
+from qjax.engine.scheduled import ScheduledBatch, ScheduledChunk
 from qjax.outputs import FinishReason
 
 
@@ -48,54 +49,6 @@ class SchedulerConfig:
             raise ValueError(f"scheduling_policy must be fcfs or priority, got {self.policy!r}.")
 
 
-@dataclass(slots=True)
-class ScheduledChunk:
-    """Tokens [start, start + num_tokens) of a request, computed in one step."""
-
-    request: Request
-    start: int
-    num_tokens: int
-    samples: bool  # the chunk's last row samples a token
-
-    @property
-    def end(self) -> int:
-        return self.start + self.num_tokens
-
-    @property
-    def slot(self) -> int:
-        """Of the request; it has one as long as the batch is not dispatched."""
-        if self.request.slot is None:
-            raise RuntimeError(f"request {self.request.request_id!r} is in a step but holds no slot.")
-        return self.request.slot
-
-
-@dataclass(frozen=True)
-class ScheduledBatch:
-    """One step. Slots and pages are read from the requests, so dispatch it before anything else changes them.
-
-    A decode's one token was sampled in the request's slot and lies on the device; the host may not know it yet. The
-    tokens of a prefill chunk are known: `request.tokens(chunk.start, chunk.end)`.
-    """
-
-    decodes: list[ScheduledChunk]
-    prefills: list[ScheduledChunk]
-    preempted: list[Request]
-    num_steps: int = 1  # tokens that each decode samples one after the other, without the host; 1 with prefills
-
-    @property
-    def is_empty(self) -> bool:
-        return not self.decodes and not self.prefills
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.decodes) + sum(chunk.num_tokens for chunk in self.prefills)
-
-    @property
-    def sampling(self) -> list[ScheduledChunk]:
-        """Chunks that sample a token: the decodes, then prefills, in order."""
-        return self.decodes + [chunk for chunk in self.prefills if chunk.samples]
-
-
 class Scheduler:
     """Queues of requests, and the pages and slots they hold.
 
@@ -114,6 +67,8 @@ class Scheduler:
         self._requests: dict[str, Request] = {}  # those not finished
         self._free_slots = list(range(config.max_num_seqs))  # a heap: low slots first
         self._num_added = 0
+        # The limits in force: lower than the config's while a device's memory is short.
+        self.max_running, self.max_step_tokens = config.max_num_seqs, config.max_num_batched_tokens
 
     @property
     def num_running(self) -> int:
@@ -187,7 +142,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledBatch:
         """The next step: running decodes, then running prefills, then waiting requests, within the token budget."""
-        budget = self.config.max_num_batched_tokens
+        budget = self.max_step_tokens
         decodes: list[ScheduledChunk] = []
         prefills: list[ScheduledChunk] = []
         preempted: list[Request] = []
@@ -256,6 +211,15 @@ class Scheduler:
                 self._register_pages(chunk.request)
         return accepted
 
+    def forget_computed(self) -> None:
+        """The device has lost all that it computed, steps in flight too: who ran waits, and is computed again."""
+        for request in list(reversed(self.running)):
+            request.num_registered_pages = len(request.page_ids)  # nothing of it may come into the prefix cache
+            self._preempt(request)
+        for request in self.waiting:
+            request.num_pending = 0
+        self.pool.reset_prefix_cache()
+
     def check_integrity(self) -> None:
         """Raises RuntimeError unless pages, slots and queues agree. Cheap enough to run whenever the engine is idle."""
         self.pool.check_integrity([page for request in self.running for page in request.page_ids])
@@ -320,7 +284,7 @@ class Scheduler:
         needed, for 1 % more steps.
         """
         # A preempted request's late tokens must be known before they can be computed again.
-        if request.num_pending > 0 or not self._free_slots:
+        if request.num_pending > 0 or self.num_running >= self.max_running:
             return False
         cached = self._find_cached(request)
         self.pool.touch(cached)

@@ -33,8 +33,7 @@ class Sleeper:
             raise ValueError(f"level must be 1 (weights to the host's memory) or 2 (weights dropped), got {level}.")
         self.check_awake(*TAGS)
         runner = self._runner
-        for array in jax.tree.leaves((runner.kv, runner.state, runner.counts)):
-            array.delete()
+        runner.drop_cache()
         leaves, runner.leaves = runner.leaves, ()
         for leaf in leaves:  # one after the other: never is more there twice than a leaf
             if level == 1:
@@ -53,11 +52,11 @@ class Sleeper:
                 raise ValueError(f"tags must be of {', '.join(TAGS)}, got {tag!r}.")
         wanted = self.asleep & set(tags or TAGS)
         if "weights" in wanted:
-            leaves = []
-            while self._on_host:
-                array, placement = self._on_host.pop(0)
-                leaves.append(jax.device_put(array, placement))
-            self._runner.leaves = tuple(leaves) or self._reload()
+            # The host's copies stay until all is there: where the memory is short, wake-up can be tried again.
+            leaves = tuple(jax.device_put(array, placement) for array, placement in self._on_host)
+            self._runner.leaves = leaves or self._reload()
+            jax.block_until_ready(self._runner.leaves)
+            self._on_host.clear()
         if "kv_cache" in wanted:
             self._runner.make_cache()
         self.asleep -= wanted

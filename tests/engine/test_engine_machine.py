@@ -221,6 +221,20 @@ class EngineMachine(RuleBasedStateMachine):
             if self.in_flight and len(self.in_flight) in (self.depth, num_in_flight):
                 self.read()
 
+    @rule(largest=st.integers(1, 5))
+    def lose_the_device(self, largest):
+        """A step has failed: the device is empty, what was in flight is lost, and steps may get smaller."""
+        for batch, _ in self.in_flight:
+            for chunk in batch.sampling:
+                chunk.request.num_pending -= chunk.request.is_finished  # nobody looks at them any more
+        self.in_flight.clear()
+        self.scheduler.forget_computed()
+        self.scheduler.max_running = min(largest, self.config.max_num_seqs)
+        assert self.pool.num_free == self.pool.num_usable and self.scheduler.num_running == 0
+        self.device = FakeDevice(self.pool.page_size, self.pool.num_pages, self.config.max_num_seqs)
+        for request in self.lives:
+            self.device.texts[request] = request.tokens(0, request.num_known_tokens)
+
     @rule()
     def reset_prefix_cache(self):
         assert self.pool.reset_prefix_cache() == (self.scheduler.num_running == 0)
@@ -253,7 +267,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def all_counts_agree(self):
         self.scheduler.check_integrity()
-        assert self.scheduler.num_running <= self.config.max_num_seqs
+        assert self.scheduler.num_running <= self.scheduler.max_running <= self.config.max_num_seqs
         assert self.scheduler.has_work == any(life.end is None for life in self.lives.values())
 
     def teardown(self):
