@@ -10,30 +10,42 @@ from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.elementwise import norm_and_rotate, sum_parts
+from qjax.kernels.norm_rope_write.reference import E4M3, as_queries, in_cache, query_dtype, saturate
 
 HALF = 64
 # [heads, rows of a head, 64]: a warp holds whole rows, so that the pairs that are rotated lie in one thread and a row
 # is summed by one warp.
 ROWS = plgpu.Layout.TILED(Tiling(((4, 1, HALF), (2,))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 COLUMNS = ROWS.reduce((0, 1))
+HEADS = ROWS.reduce((1, 2))
 
 
-def norm_rope_write_mosaic(kv, parts, norms, cos, sin, slots, *, eps: float, layer: jax.Array | int, interpret: bool):
+def norm_rope_write_mosaic(
+    kv, parts, norms, cos, sin, slots, scales, *, dtype, eps: float, layer: jax.Array | int, interpret: bool
+):
     K, H = kv.shape[3], kv.shape[5]
-    if 2 * HALF == H and K % 4 == 0 and kv.dtype in (jnp.bfloat16, jnp.float16):
-        return _norm_rope_write(kv, parts, norms, cos, sin, slots, eps=eps, layer=layer, interpret=interpret)
-    q, k, v = norm_and_rotate(sum_parts(parts, kv.dtype), norms, eps, cos, sin)
-    return q, _write(kv, k, v, slots, layer=layer, interpret=interpret)
+    if 2 * HALF == H and K % 4 == 0 and dtype in (jnp.bfloat16, jnp.float16) and kv.dtype in (dtype, E4M3):
+        args = (kv, parts, norms, cos, sin, slots, scales)
+        return _norm_rope_write(*args, dtype=dtype, eps=eps, layer=layer, interpret=interpret)
+    q, k, v = norm_and_rotate(sum_parts(parts, dtype), norms, eps, cos, sin)
+    rows = in_cache(jnp.stack([k, v], axis=1), kv.dtype, scales)
+    q = as_queries(q, query_dtype(kv.dtype, dtype))
+    return q, _write(kv, rows[:, 0], rows[:, 1], slots, layer=layer, interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("eps", "interpret"))  # one trace and one kernel for all layers
-def _norm_rope_write(kv, parts, norms, cos, sin, slots, *, eps: float, layer: jax.Array | int, interpret: bool):
+@functools.partial(jax.jit, static_argnames=("dtype", "eps", "interpret"))  # one trace and one kernel for all layers
+def _norm_rope_write(
+    kv, parts, norms, cos, sin, slots, scales, *, dtype, eps: float, layer: jax.Array | int, interpret: bool
+):
     P, K, S, H = kv.shape[2:]
-    num_parts, T, G, dtype = parts.shape[0], parts.shape[1], parts.shape[3] - 2, kv.dtype
+    num_parts, T, G, is_narrow = parts.shape[0], parts.shape[1], parts.shape[3] - 2, kv.dtype == E4M3
+    q_dtype = query_dtype(kv.dtype, dtype)
     weights = [] if norms is None else [w.reshape(2, HALF) for w in norms]
+    scale_args = [] if scales is None else [scales]
 
     def norm_rope_write_kernel(layer_ref, parts_ref, cos_ref, sin_ref, slots_ref, *refs):
-        weight_refs, (kv_ref, q_ref, *smem) = refs[: len(weights)], refs[len(weights) :]
+        weight_refs, refs = refs[: len(weights)], refs[len(weights) :]
+        scales_ref, (kv_ref, q_ref, *smem) = refs[0] if scale_args else None, refs[len(scale_args) :]
         q_smem, k_smem, v_smem = smem[:2], smem[2:4], smem[4:]
         token = lax.axis_index("token")
         slot = slots_ref[token]
@@ -47,7 +59,19 @@ def _norm_rope_write(kv, parts, norms, cos, sin, slots, *, eps: float, layer: ja
             piece = lambda part, half: load(parts_ref.at[part, token, :, pl.ds(first, count), half], layout=ROWS)
             return [sum((piece(part, half) for part in range(1, num_parts)), piece(0, half)) for half in (0, 1)]
 
-        def norm_and_rotate_rows(first: int, count: int, weight_ref, targets) -> None:
+        def store_queries(target, rows) -> None:
+            target[...] = as_queries(rows.astype(dtype), q_dtype)
+
+        def store_keys_or_values(plane: int, target, rows) -> None:
+            rows = rows.astype(dtype)
+            if is_narrow:
+                rows = rows.astype(jnp.float32)
+                if scales_ref is not None:
+                    rows = rows / lax.broadcast_in_dim(load(scales_ref.at[plane], layout=HEADS), rows.shape, [0])
+                rows = saturate(rows)
+            target[...] = rows
+
+        def norm_and_rotate_rows(first: int, count: int, weight_ref, store, targets) -> None:
             low, high = (half.astype(dtype).astype(jnp.float32) for half in rows_of_heads(first, count))
             across = lambda columns: lax.broadcast_in_dim(columns, low.shape, [2])
             if weight_ref is not None:
@@ -56,14 +80,14 @@ def _norm_rope_write(kv, parts, norms, cos, sin, slots, *, eps: float, layer: ja
                 w_low, w_high = (across(load(weight_ref.at[half], layout=COLUMNS)) for half in (0, 1))
                 low = ((low * scale).astype(dtype) * w_low).astype(jnp.float32)
                 high = ((high * scale).astype(dtype) * w_high).astype(jnp.float32)
-            targets[0][...] = (low * across(cos) - high * across(sin)).astype(dtype)
-            targets[1][...] = (high * across(cos) + low * across(sin)).astype(dtype)
+            store(targets[0], low * across(cos) - high * across(sin))
+            store(targets[1], high * across(cos) + low * across(sin))
 
         q_weight, k_weight = weight_refs or (None, None)
-        norm_and_rotate_rows(0, G, q_weight, q_smem)
-        norm_and_rotate_rows(G, 1, k_weight, k_smem)
+        norm_and_rotate_rows(0, G, q_weight, store_queries, q_smem)
+        norm_and_rotate_rows(G, 1, k_weight, functools.partial(store_keys_or_values, 0), k_smem)
         for target, half in zip(v_smem, rows_of_heads(G + 1, 1), strict=True):
-            target[...] = half.astype(dtype)
+            store_keys_or_values(1, target, half)
         plgpu.commit_smem()
         for half in (0, 1):
             plgpu.copy_smem_to_gmem(q_smem[half], q_ref.at[token, :, :, half])
@@ -79,16 +103,16 @@ def _norm_rope_write(kv, parts, norms, cos, sin, slots, *, eps: float, layer: ja
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     kv_ref = jax.new_ref(kv.reshape(-1, K, S, 2, HALF))
-    half_q, half_k = (plgpu.SMEM((K, rows, HALF), dtype) for rows in (G, 1))
+    half_q, half_k = plgpu.SMEM((K, G, HALF), q_dtype), plgpu.SMEM((K, 1, HALF), kv.dtype)
     q = plgpu.kernel(
         norm_rope_write_kernel,
-        out_type=jax.ShapeDtypeStruct((T, K, G, 2, HALF), dtype),
+        out_type=jax.ShapeDtypeStruct((T, K, G, 2, HALF), q_dtype),
         scratch_types=[half_q, half_q, *[half_k] * 4],
         grid=(T,),
         grid_names=("token",),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(_one(layer), parts.reshape(*parts.shape[:4], 2, HALF), cos, sin, slots, *weights, kv_ref)
+    )(_one(layer), parts.reshape(*parts.shape[:4], 2, HALF), cos, sin, slots, *weights, *scale_args, kv_ref)
     return q.reshape(T, K, G, H), jax.freeze(kv_ref).reshape(kv.shape)
 
 

@@ -3,6 +3,9 @@
 A persistent grid takes (split, KV head) items from a list that is as long as the contexts are, whatever the width of
 the page table. In each block one warpgroup fetches pages with TMA and one computes. A sequence's splits depend on
 its own length alone, so a row's result does not depend on the batch it is in, bit for bit.
+
+Tiles of an e4m3 cache are fetched as they are and widened by who computes, keys in registers and values on their way to
+another buffer; what is left of the work is the same.
 """
 
 import functools
@@ -15,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.paged_attention.mosaic_common import (
     COLUMNS,
+    E4M3,
     LOG2E,
     MASKED,
     MATRIX,
@@ -25,28 +29,36 @@ from qjax.kernels.paged_attention.mosaic_common import (
     check_supported,
     flat_pages,
     load_tile,
+    load_widened,
     num_copies,
     page_slices,
     scores_product,
     store_transposed,
+    tiled,
     zero_rows_from,
 )
 
 TILE = 64  # tokens fetched and computed at once, the rows of a wgmma
 NUM_STAGES = 6  # tiles in flight: 192 KiB of H = 128, several times bandwidth * latency of one SM
+# Of an e4m3 cache: two blocks share an SM (at most 128 registers), so that one widens while the other multiplies.
+NARROW_BLOCKS, NARROW_STAGES = 2, 4
 MAX_SPLITS = 64
 JOIN_UNROLL = 4  # splits whose loads the joining kernel has in flight together
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))  # one trace and one kernel for all layers
+@functools.partial(
+    jax.jit, static_argnames=("scale", "out_dtype", "interpret")
+)  # one trace and one kernel for all layers
 def paged_decode_mosaic(
     q: jax.Array,
     kv: jax.Array,
     page_table: jax.Array,
     context_lens: jax.Array,
+    scales: jax.Array | None,
     *,
     layer: jax.Array | int,
     scale: float,
+    out_dtype,
     interpret: bool,
 ) -> jax.Array:
     check_supported(q, kv, max_group=16)
@@ -57,9 +69,8 @@ def paged_decode_mosaic(
     # Queries arrive in boxes of whole 8-row tiles: that of a group, its neighbours with it, or a padded group.
     stride = G if 8 % G == 0 and N % 8 == 0 else G + -G % 8
     q = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, stride - G), (0, 0)))
-    final, partial, lse = _splits(
-        q, kv, page_table, items, G=G, num_rows=_rows_kept(G, H), layer=layer, scale=scale, interpret=interpret
-    )
+    options = {"layer": layer, "scale": scale, "out_dtype": out_dtype, "interpret": interpret}
+    final, partial, lse = _splits(q, kv, page_table, items, scales, G=G, num_rows=_rows_kept(G, H), **options)
     out = _join(final, partial, lse, first_item, num_splits, stride=stride, interpret=interpret)
     return out.reshape(B, N, H)
 
@@ -100,7 +111,7 @@ def _rows_kept(G: int, H: int) -> int:
     return G + (G * H // 64) % 2
 
 
-def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -> list[jax.Array]:
+def _splits(q, kv, page_table, items, scales, *, G, num_rows, layer, scale, out_dtype, interpret) -> list[jax.Array]:
     """Attention within each split: the results [B, K, G, H] of sequences with one split, normalised outputs
     [I, K, num_rows, H] and log2-sum-exp2 [I, K, box] of the others' splits. The rest of the three is not written.
 
@@ -112,12 +123,16 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
     box = max(stride, 8)
     P, S = kv.shape[2], kv.shape[4]
     num_items = items.shape[0]
-    num_blocks = min(NUM_SMS, num_items * K)
-    dtype = q.dtype
+    dtype, is_narrow = q.dtype, kv.dtype == E4M3
+    num_stages = NARROW_STAGES if is_narrow else NUM_STAGES
+    num_blocks = min(NUM_SMS * (NARROW_BLOCKS if is_narrow else 1), num_items * K)
+    scale_args = [] if scales is None else [scales]
 
-    def paged_decode_splits_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, final_ref, out_ref, lse_ref,
-             q_smem, k_smem, v_smem, p_smem, final_smem, out_smem, lse_smem,
-             q_full, q_empty, k_full, v_full, kv_empty):  # fmt: skip
+    def paged_decode_splits_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, *refs):
+        scales_ref = refs[0] if scale_args else None
+        (final_ref, out_ref, lse_ref,
+         q_smem, k_smem, v_smem, p_smem, final_smem, out_smem, lse_smem,
+         q_full, q_empty, k_full, v_full, kv_empty, *wide) = refs[len(scale_args):]  # fmt: skip
         block, warpgroup = lax.axis_index("block"), lax.axis_index("warpgroup")
 
         def for_each_item(handle):
@@ -140,7 +155,7 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
         @pl.when(warpgroup == 0)
         def _compute():
             # Everything starts out free, so that the producer can wait in the same way every time.
-            for slot in range(NUM_STAGES):
+            for slot in range(num_stages):
                 plgpu.barrier_arrive(kv_empty.at[slot])
             for slot in range(2):
                 plgpu.barrier_arrive(q_empty.at[slot])
@@ -148,27 +163,38 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
             def handle(turn, done, item, head, seq, first, count, length):
                 q_slot = lax.rem(turn, jnp.int32(2))
                 column = lax.rem(head * stride, jnp.int32(8))
+                to_log2 = scale * LOG2E if scales_ref is None else scale * LOG2E * scales_ref[0, head]
                 plgpu.barrier_wait(q_full.at[q_slot])
 
                 def step(i, state):
                     acc, max_, sums = state
-                    slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
+                    slot = lax.rem(done + i, jnp.int32(num_stages))
                     num_valid = length - (first + i) * TILE
                     plgpu.barrier_wait(k_full.at[slot])
-                    scores = scores_product(k_smem.at[slot], q_smem.at[q_slot], interpret)
+                    k_tile, v_tile = k_smem.at[slot], v_smem.at[slot]
+                    if is_narrow:
+                        k_tile, v_tile = load_widened(k_tile, dtype, MATRIX), wide[0]
+                    scores = scores_product(k_tile, q_smem.at[q_slot], interpret)
                     token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=MATRIX)
-                    scores = jnp.where(token < num_valid, scores * (scale * LOG2E), MASKED)
+                    scores = jnp.where(token < num_valid, scores * to_log2, MASKED)
                     new_max = jnp.maximum(max_, scores.max(axis=0))
                     decay = jnp.exp2(max_ - new_max)
                     p = jnp.exp2(scores - broadcast_columns(new_max, scores.shape))
                     store_transposed(p_smem, p.astype(dtype), interpret)
+                    if is_narrow:
+                        plgpu.barrier_wait(v_full.at[slot])
+                        v_tile[...] = load_widened(v_smem.at[slot], dtype, MATRIX)
                     plgpu.commit_smem()
                     acc = acc * broadcast_columns(decay, acc.shape)
                     sums = sums * broadcast_columns(decay, sums.shape) + p
-                    plgpu.barrier_wait(v_full.at[slot])
-                    pl.when(num_valid < TILE)(lambda: zero_rows_from(v_smem.at[slot], num_valid))
-                    acc = add_transposed_product(acc, v_smem.at[slot], p_smem, interpret)
-                    plgpu.barrier_arrive(kv_empty.at[slot])
+                    if is_narrow:
+                        plgpu.barrier_arrive(kv_empty.at[slot])
+                    else:
+                        plgpu.barrier_wait(v_full.at[slot])
+                    pl.when(num_valid < TILE)(lambda: zero_rows_from(v_tile, num_valid))
+                    acc = add_transposed_product(acc, v_tile, p_smem, interpret)
+                    if not is_narrow:
+                        plgpu.barrier_arrive(kv_empty.at[slot])
                     return acc, new_max, sums
 
                 zeros = lambda rows: plgpu.layout_cast(jnp.full((rows, box), 0, jnp.float32), MATRIX)
@@ -177,12 +203,14 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
                 plgpu.barrier_arrive(q_empty.at[q_slot])
                 sum_ = sums.sum(axis=0)
                 out = acc / broadcast_columns(sum_, acc.shape)
+                if scales_ref is not None:
+                    out = out * scales_ref[1, head]
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the item before has left the buffers
                 is_only_split = count * TILE >= length
 
                 @pl.when(is_only_split)
                 def _():
-                    store_transposed(final_smem, out.astype(dtype), interpret)
+                    store_transposed(final_smem, out.astype(out_dtype), interpret)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(final_smem.at[pl.ds(column, G)], final_ref.at[seq, head])
 
@@ -207,7 +235,7 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
                 plgpu.copy_gmem_to_smem(q_ref.at[pl.ds(first_row, box)], q_smem.at[q_slot], q_full.at[q_slot])
 
                 def step(i, _):
-                    slot = lax.rem(done + i, jnp.int32(NUM_STAGES))
+                    slot = lax.rem(done + i, jnp.int32(num_stages))
                     slices = page_slices(table_ref, seq, first + i, TILE, S)
                     plgpu.barrier_wait(kv_empty.at[slot])
                     where = {"num_pages": P, "head": head, "num_heads": K}
@@ -218,17 +246,17 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
 
             for_each_item(handle)
             # The last arrivals: no block ends before its barriers are all waited for.
-            for slot in range(NUM_STAGES):
+            for slot in range(num_stages):
                 plgpu.barrier_wait(kv_empty.at[slot])
             for slot in range(2):
                 plgpu.barrier_wait(q_empty.at[slot])
 
-    tiles = plgpu.SMEM((NUM_STAGES, TILE, H), dtype, transforms=TILED)
-    filled = plgpu.Barrier(num_arrivals=num_copies(TILE, S), num_barriers=NUM_STAGES)
+    tiles = plgpu.SMEM((num_stages, TILE, H), kv.dtype, transforms=tiled(H, kv.dtype))
+    filled = plgpu.Barrier(num_arrivals=num_copies(TILE, S), num_barriers=num_stages)
     return plgpu.kernel(
         paged_decode_splits_kernel,
         out_type=[
-            jax.ShapeDtypeStruct((B, K, G, H), dtype),
+            jax.ShapeDtypeStruct((B, K, G, H), out_dtype),
             jax.ShapeDtypeStruct((num_items, K, num_rows, H), jnp.float32),
             jax.ShapeDtypeStruct((num_items, K, box), jnp.float32),
         ],
@@ -237,14 +265,15 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
             tiles,
             tiles,
             plgpu.SMEM((box, TILE), dtype, transforms=TILED),
-            plgpu.SMEM((box, H), dtype),
+            plgpu.SMEM((box, H), out_dtype),
             plgpu.SMEM((box + num_rows - G, H), jnp.float32),
             plgpu.SMEM((box,), jnp.float32),
             plgpu.Barrier(num_barriers=2),
             plgpu.Barrier(num_barriers=2),
             filled,
             filled,
-            plgpu.Barrier(num_barriers=NUM_STAGES),
+            plgpu.Barrier(num_barriers=num_stages),
+            *([plgpu.SMEM((TILE, H), dtype, transforms=TILED)] if is_narrow else []),
         ],
         grid=(num_blocks,),
         grid_names=("block",),
@@ -252,7 +281,7 @@ def _splits(q, kv, page_table, items, *, G, num_rows, layer, scale, interpret) -
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items)
+    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items, *scale_args)
 
 
 def _join(final, partial, lse, first_item, num_splits, *, stride, interpret) -> jax.Array:

@@ -6,14 +6,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LOG2E = math.log2(math.e)
 MASKED = -1e30
 NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
+E4M3 = jnp.float8_e4m3fn
 # What wgmma reads, for 2-byte types. (jax's classes have a method without a body, which mypy takes for abstract.)
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 MATRIX = plgpu.Layout.WGMMA
+# Few rows of a matrix on their way through registers: as a MATRIX, but the warps side by side.
+STRIP = plgpu.Layout.TILED(
+    Tiling(((16, 32), (16, 8), (8, 8), (2,))), warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1
+)
+STRIP_ROWS = 32
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -23,9 +30,18 @@ def check_supported(q: jax.Array, kv: jax.Array, max_group: int) -> None:
     K, S = kv.shape[3:5]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the kernel computes in bfloat16 or float16, not {q.dtype}")
+    if kv.dtype != q.dtype and (kv.dtype, q.dtype) != (E4M3, jnp.float16):
+        raise NotImplementedError(f"queries of {q.dtype} for a cache of {kv.dtype}")
     is_group_too_large = max_group < N // K
     if H not in (64, 128) or S not in (16, 32, 64, 128) or is_group_too_large:
         raise NotImplementedError(f"head_dim {H}, page size {S}, {N} query heads for {K} KV heads")
+
+
+def tiled(head_dim: int, dtype) -> tuple:
+    """How a tile of a cache of `dtype` lies in shared memory: rows of at most 128 bytes, swizzled."""
+    if dtype != E4M3:
+        return TILED
+    return plgpu.TilingTransform((8, head_dim)), plgpu.SwizzleTransform(head_dim)  # type: ignore[abstract]
 
 
 def flat_pages(kv: jax.Array) -> jax.Array:
@@ -57,6 +73,12 @@ def num_copies(tile_tokens: int, page_size: int) -> int:
     return max(1, tile_tokens // page_size)
 
 
+def load_widened(smem, dtype, layout) -> jax.Array:
+    """A tile of e4m3 from shared memory to registers. Hopper makes two float16 of it with one instruction, and exactly;
+    bfloat16 would take four."""
+    return plgpu.load(smem, layout=layout).astype(dtype)
+
+
 def zero_rows_from(v_smem, num_valid) -> None:
     """Slots that hold no token may hold NaN, and 0 * NaN in the product would spoil the sum."""
     for column in range(0, v_smem.shape[1], 64):  # in parts, for the registers' sake
@@ -67,18 +89,21 @@ def zero_rows_from(v_smem, num_valid) -> None:
     plgpu.commit_smem()
 
 
-def scores_product(q_smem, k_smem, interpret: bool, meanwhile=lambda: None) -> jax.Array:
-    """q @ k.T (or k @ q.T) in float32; `meanwhile` runs between the start and the end of the product."""
+def scores_product(q, k_smem, interpret: bool, meanwhile=lambda: None) -> jax.Array:
+    """q @ k.T (or k @ q.T) in float32, of q in shared memory or in registers.
+
+    `meanwhile` runs between the start and the end of the product.
+    """
     if interpret:
         meanwhile()
-        return jnp.dot(q_smem[...], k_smem[...].T, preferred_element_type=jnp.float32)
+        return jnp.dot(q[...], k_smem[...].T, preferred_element_type=jnp.float32)
 
     def product(acc_ref):
-        plgpu.wgmma(acc_ref, q_smem, k_smem.transpose((1, 0)))
+        plgpu.wgmma(acc_ref, q, k_smem.transpose((1, 0)))
         meanwhile()
         return acc_ref[...]
 
-    return pl.run_scoped(product, plgpu.ACC((q_smem.shape[0], k_smem.shape[0]), jnp.float32))
+    return pl.run_scoped(product, plgpu.ACC((q.shape[0], k_smem.shape[0]), jnp.float32))
 
 
 def add_values_product(acc: jax.Array, p: jax.Array, v_smem, interpret: bool, meanwhile=lambda: None) -> jax.Array:

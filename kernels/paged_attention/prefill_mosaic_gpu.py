@@ -1,10 +1,10 @@
 """Ragged chunked prefill on Hopper: FlashAttention-3's shape over a paged cache.
 
 A block computes 128 query rows of one head: two warpgroups of 64 rows take turns on the tensor cores, a third
-fetches pages with TMA. Blocks lie at multiples of 128 rows of the step, where TMA can read and write whole tiles;
-a block that several chunks share is visited once for each, and such a visit writes its own rows one by one. The other
-ways out cost every row for the sake of a few: chunks aligned by the scheduler waste rows of the whole model, and a
-padded output would be written, read and written again.
+fetches pages with TMA, and widens those of an e4m3 cache on their way. Blocks lie at multiples of 128 rows of the step,
+where TMA can read and write whole tiles; a block that several chunks share is visited once for each, and such a visit
+writes its own rows one by one. The other ways out cost every row for the sake of a few: chunks aligned by the scheduler
+waste rows of the whole model, and a padded output would be written, read and written again.
 """
 
 import functools
@@ -16,9 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.paged_attention.mosaic_common import (
+    E4M3,
     LOG2E,
     MASKED,
     MATRIX,
+    STRIP,
+    STRIP_ROWS,
     TILED,
     add_values_product,
     broadcast_rows,
@@ -26,9 +29,11 @@ from qjax.kernels.paged_attention.mosaic_common import (
     flat_pages,
     initial_state,
     load_tile,
+    load_widened,
     num_copies,
     page_slices,
     scores_product,
+    tiled,
     zero_rows_from,
 )
 
@@ -38,23 +43,28 @@ TILE = 128  # tokens of keys and values fetched and computed at once
 NUM_STAGES = 2
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "interpret"))  # one trace and one kernel for all layers
+@functools.partial(
+    jax.jit, static_argnames=("scale", "out_dtype", "interpret")
+)  # one trace and one kernel for all layers
 def paged_prefill_mosaic(
     q: jax.Array,
     kv: jax.Array,
     page_table: jax.Array,
     context_lens: jax.Array,
     query_starts: jax.Array,
+    scales: jax.Array | None,
     *,
     layer: jax.Array | int,
     scale: float,
+    out_dtype,
     interpret: bool,
 ) -> jax.Array:
     check_supported(q, kv, max_group=q.shape[1])
     T = q.shape[0]
     q = jnp.pad(q, ((0, -T % BLOCK), (0, 0), (0, 0)))
     items = block_items(context_lens, query_starts, q.shape[0] // BLOCK)
-    return _blocks(q, kv, page_table, items, layer=layer, scale=scale, interpret=interpret)[:T]
+    options = {"layer": layer, "scale": scale, "out_dtype": out_dtype, "interpret": interpret}
+    return _blocks(q, kv, page_table, items, scales, **options)[:T]
 
 
 def block_items(context_lens: jax.Array, query_starts: jax.Array, num_blocks: int) -> jax.Array:
@@ -90,15 +100,18 @@ def block_items(context_lens: jax.Array, query_starts: jax.Array, num_blocks: in
     return columns[order]
 
 
-def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
+def _blocks(q, kv, page_table, items, scales, *, layer, scale, out_dtype, interpret) -> jax.Array:
     T, N, H = q.shape
     P, K, S = kv.shape[2:5]
     B = page_table.shape[0]
-    dtype = q.dtype
+    dtype, is_narrow = q.dtype, kv.dtype == E4M3
+    scale_args = [] if scales is None else [scales]
 
-    def paged_prefill_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, out_ref,
-                             q_smem, k_smem, v_smem, rows_smem,
-                             q_full, k_full, v_full, k_empty, v_empty, turn, is_zeroed):  # fmt: skip
+    def paged_prefill_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, *refs):
+        scales_ref = refs[0] if scale_args else None
+        (out_ref,
+         q_smem, k_smem, v_smem, rows_smem,
+         q_full, k_full, v_full, k_empty, v_empty, turn, is_zeroed, *narrow) = refs[len(scale_args):]  # fmt: skip
         item, head, warpgroup = (lax.axis_index(name) for name in ("item", "head", "warpgroup"))
         field = lambda j: items_ref[item, j]  # read again where needed: a register kept through the loop may spill
         is_used, num_tiles = field(3) > 0, field(5)
@@ -119,6 +132,8 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
                 plgpu.barrier_arrive(v_empty.at[slot])
             row0 = warpgroup * ROWS
             q_tile = q_smem.at[warpgroup]
+            kv_head = lax.div(head, jnp.int32(N // K))
+            to_log2 = scale * LOG2E if scales_ref is None else scale * LOG2E * scales_ref[0, kv_head]
             rows_of_step = lambda: pl.ds(pl.multiple_of(field(1) * BLOCK + row0, ROWS), ROWS)
             plgpu.copy_gmem_to_smem(q_ref.at[rows_of_step(), head], q_tile, q_full.at[warpgroup])
             plgpu.barrier_wait(q_full.at[warpgroup])
@@ -134,9 +149,9 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
                     row = plgpu.broadcasted_iota(jnp.int32, scores.shape, 0, layout=MATRIX)
                     token = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=MATRIX)
                     scores = jnp.where(token - row <= position - i * TILE, scores, MASKED)
-                new_max = jnp.maximum(max_, scores.max(axis=1) * (scale * LOG2E))
+                new_max = jnp.maximum(max_, scores.max(axis=1) * to_log2)
                 decay = jnp.exp2(max_ - new_max)
-                p = jnp.exp2(scores * (scale * LOG2E) - broadcast_rows(new_max, scores.shape))
+                p = jnp.exp2(scores * to_log2 - broadcast_rows(new_max, scores.shape))
                 acc = acc * broadcast_rows(decay, acc.shape)
                 sum_ = sum_ * decay
                 p_narrow = p.astype(dtype)
@@ -172,7 +187,10 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
             acc, _, sum_ = lax.fori_loop(num_unmasked, num_tiles, lambda i, s: step(i, s, True), state)
             pl.when(warpgroup == 0)(take_turns)
 
-            out = (acc / broadcast_rows(jnp.maximum(sum_, 1e-30), acc.shape)).astype(dtype)
+            out = acc / broadcast_rows(jnp.maximum(sum_, 1e-30), acc.shape)
+            if scales_ref is not None:
+                out = out * scales_ref[1, kv_head]
+            out = lax.bitcast_convert_type(out.astype(out_dtype), dtype)  # it leaves through the queries' buffer
             first, end = (jnp.clip(field(j) - row0, 0, ROWS) for j in (2, 3))
 
             @pl.when((first == 0) & (end == ROWS))
@@ -207,15 +225,41 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
                 plgpu.barrier_wait(v_empty.at[slot])
                 load_tile(pages_ref, v_smem.at[slot], v_full.at[slot], slices, plane=2 * layer_ref[0] + 1, **where)
 
-            lax.fori_loop(0, num_tiles, step, None)
+            def fetch_narrow(i, plane: int):
+                slices = page_slices(table_ref, jnp.minimum(field(0), B - 1), i, TILE, S)
+                tile, came = narrow[plane], narrow[2 + plane]
+                load_tile(pages_ref, tile, came, slices, plane=2 * layer_ref[0] + plane, **where)
+
+            def widen(i, plane: int, wide, full, empty):
+                slot, tile, came = slot_of(i), narrow[plane], narrow[2 + plane]
+                plgpu.barrier_wait(came)
+                plgpu.barrier_wait(empty.at[slot])
+                for row in range(0, TILE, STRIP_ROWS):
+                    rows = pl.ds(row, STRIP_ROWS)
+                    wide[slot, rows] = load_widened(tile.at[rows], dtype, STRIP)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(full.at[slot])
+                pl.when(i + 1 < num_tiles)(lambda: fetch_narrow(i + 1, plane))
+
+            def widening_step(i, _):
+                widen(i, 0, k_smem, k_full, k_empty)
+                widen(i, 1, v_smem, v_full, v_empty)
+
+            if is_narrow:
+                for plane in (0, 1):
+                    pl.when(num_tiles > 0)(functools.partial(fetch_narrow, 0, plane))
+            lax.fori_loop(0, num_tiles, widening_step if is_narrow else step, None)
             for slot in range(NUM_STAGES):  # no block ends before its barriers are all waited for
                 plgpu.barrier_wait(k_empty.at[slot])
                 plgpu.barrier_wait(v_empty.at[slot])
 
     tiles = plgpu.SMEM((NUM_STAGES, TILE, H), dtype, transforms=TILED)
-    filled = plgpu.Barrier(num_arrivals=num_copies(TILE, S), num_barriers=NUM_STAGES)
+    copies = num_copies(TILE, S)
+    filled = plgpu.Barrier(num_arrivals=1 if is_narrow else copies, num_barriers=NUM_STAGES)
+    narrow_tile = plgpu.SMEM((TILE, H), kv.dtype, transforms=tiled(H, kv.dtype))
+    came = plgpu.Barrier(num_arrivals=copies)
     emptied = plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES)
-    return plgpu.kernel(
+    out = plgpu.kernel(
         paged_prefill_kernel,
         out_type=jax.ShapeDtypeStruct((T, N, H), dtype),
         scratch_types=[
@@ -230,6 +274,7 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
             emptied,
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
+            *([narrow_tile, narrow_tile, came, came] if is_narrow else []),
         ],
         grid=(items.shape[0], N),  # the last axis runs fastest: heads that share keys run together
         grid_names=("item", "head"),
@@ -237,4 +282,5 @@ def _blocks(q, kv, page_table, items, *, layer, scale, interpret) -> jax.Array:
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items)
+    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items, *scale_args)
+    return lax.bitcast_convert_type(out, out_dtype)

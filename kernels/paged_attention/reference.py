@@ -15,33 +15,37 @@ MASKED = -1e30  # finite, so that a row that sees nothing yields 0 and not NaN
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # no tf32 on GPUs
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=("out_dtype",))
 def paged_decode_ref(
     q: jax.Array,
     kv: jax.Array,
     page_table: jax.Array,
     context_lens: jax.Array,
+    scales: jax.Array | None = None,
     *,
     layer: jax.Array | int,
     scale: jax.Array | float,
+    out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     B, N, H = q.shape
     K = kv.shape[3]
     last = jnp.broadcast_to(context_lens[:, None] - 1, (B, N // K))
-    out = _attend(q.reshape(B, K, N // K, H), kv, page_table, last, layer=layer, scale=scale)
-    return out.reshape(B, N, H)
+    out = _attend(q.reshape(B, K, N // K, H), kv, page_table, last, scales, layer=layer, scale=scale)
+    return out.reshape(B, N, H).astype(out_dtype or q.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("tile",))
+@functools.partial(jax.jit, static_argnames=("out_dtype", "tile"))
 def paged_prefill_ref(
     q: jax.Array,
     kv: jax.Array,
     page_table: jax.Array,
     context_lens: jax.Array,
     query_starts: jax.Array,
+    scales: jax.Array | None = None,
     *,
     layer: jax.Array | int,
     scale: jax.Array | float,
+    out_dtype: jnp.dtype | None = None,
     tile: int | None = None,
 ) -> jax.Array:
     """`tile`: query rows handled at once; a tile's rows belong to one sequence."""
@@ -62,11 +66,11 @@ def paged_prefill_ref(
         q_tile = q_tile.reshape(tile, K, G, H).swapaxes(0, 1).reshape(1, K, tile * G, H)
         last = jnp.where(is_row, context_lens[seq] - chunk_lens[seq] + row, -1)
         pages = lax.dynamic_slice_in_dim(page_table, seq, 1)
-        out_tile = _attend(q_tile, kv, pages, jnp.repeat(last, G)[None], layer=layer, scale=scale)
+        out_tile = _attend(q_tile, kv, pages, jnp.repeat(last, G)[None], scales, layer=layer, scale=scale)
         out_tile = out_tile.reshape(K, tile, G, H).swapaxes(0, 1).reshape(tile, N, H)
-        return out.at[index].set(out_tile, mode="drop")
+        return out.at[index].set(out_tile.astype(out.dtype), mode="drop")
 
-    return lax.fori_loop(0, tiles_end[-1], one_tile, jnp.zeros_like(q))
+    return lax.fori_loop(0, tiles_end[-1], one_tile, jnp.zeros(q.shape, out_dtype or q.dtype))
 
 
 def _attend(
@@ -74,11 +78,12 @@ def _attend(
     kv: jax.Array,
     page_table: jax.Array,
     last: jax.Array,
+    scales: jax.Array | None,
     *,
     layer: jax.Array | int,
     scale: jax.Array | float,
 ) -> jax.Array:
-    """Rows of queries against the pages of their sequence: q [B, K, R, H] -> [B, K, R, H].
+    """Rows of queries against the pages of their sequence: q [B, K, R, H] -> float32 [B, K, R, H].
 
     last  int32 [B, R]  the last position each row sees, -1 = none. Slots past a sequence's largest one may hold
     anything, NaN included: their scores are replaced and their values zeroed (0 * NaN would be NaN).
@@ -92,6 +97,8 @@ def _attend(
     page_table = jnp.pad(page_table, ((0, 0), (0, num_blocks * block - W)))
     end = jnp.max(last, axis=1) + 1  # [B]
     q = q.astype(jnp.float32) * scale
+    if scales is not None:  # of keys and values, which is the same as of the queries and of the result
+        q = q * scales[0, :, None, None]
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         acc, max_, sum_ = carry
@@ -112,4 +119,5 @@ def _attend(
     zeros = lambda size: jnp.zeros((B, K, R, size), jnp.float32)
     carry = (zeros(H), zeros(1) + MASKED, zeros(1))
     acc, _, sum_ = lax.fori_loop(0, -(-jnp.max(end) // (block * S)), step, carry)
-    return (acc / jnp.where(sum_ == 0, 1, sum_)).astype(kv.dtype)
+    out = acc / jnp.where(sum_ == 0, 1, sum_)
+    return out if scales is None else out * scales[1, :, None, None]

@@ -4,13 +4,14 @@ Every slot that holds no token of the case is NaN, the null page and the other l
 random permutation.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
 NUM_LAYERS, LAYER = 2, 1
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+E4M3 = ml_dtypes.float8_e4m3fn
 # Largest |out - oracle| and ||out - oracle|| / ||oracle||; the oracle sees the inputs as rounded to the dtype.
 TOLERANCES = {"float32": (1e-5, 3e-6), "float16": (4e-3, 1e-3), "bfloat16": (3e-2, 6e-3)}
 
@@ -35,6 +36,7 @@ class Case:
     heads: tuple[int, int, int] = (4, 2, 64)
     page_size: int = 16
     dtype: str = "bfloat16"
+    is_narrow: bool = False  # the cache is e4m3, with scales
     extra_width: int = 2  # columns of the page table past the longest context
     extra_rows: int = 0  # rows of the step past the last chunk
     seed: int = 0
@@ -44,7 +46,8 @@ class Case:
         lens = "+".join(map(str, self.context_lens[:6])) + ("..." if len(self.context_lens) > 6 else "")
         chunks = "" if self.chunk_lens is None else " chunks " + "+".join(map(str, self.chunk_lens[:6]))
         n, k, h = self.heads
-        return f"{lens}{chunks} heads {n}/{k}x{h} page {self.page_size} {self.dtype} seed {self.seed}"
+        dtype = self.dtype + " e4m3" * self.is_narrow
+        return f"{lens}{chunks} heads {n}/{k}x{h} page {self.page_size} {dtype} seed {self.seed}"
 
 
 def make(case: Case) -> dict[str, np.ndarray]:
@@ -57,13 +60,15 @@ def make(case: Case) -> dict[str, np.ndarray]:
     num_pages = sum(pages_needed) + 3
     free = list(rng.permutation(num_pages - 1) + 1)
     page_table = np.zeros((len(case.context_lens), W), np.int32)
-    kv = np.full((NUM_LAYERS, 2, num_pages, K, S, H), np.nan, dtype)
+    kv = np.full((NUM_LAYERS, 2, num_pages, K, S, H), np.nan, E4M3 if case.is_narrow else dtype)
     for row, (length, needed) in enumerate(zip(case.context_lens, pages_needed, strict=True)):
         for i in range(needed):
             page_table[row, i] = page = free.pop()
             used = min(S, length - i * S)
             kv[LAYER, :, page, :, :used] = rng.standard_normal((2, K, used, H))
     args = {"kv": kv, "page_table": page_table, "context_lens": np.array(case.context_lens, np.int32)}
+    if case.is_narrow:
+        args["scales"] = rng.uniform(0.5, 2, (2, K)).astype(np.float32)
     num_rows = len(case.context_lens)
     if case.chunk_lens is not None:
         args["query_starts"] = np.concatenate([[0], np.cumsum(case.chunk_lens)]).astype(np.int32)
@@ -77,13 +82,15 @@ def oracle(args: dict[str, np.ndarray], scale: float | None = None) -> np.ndarra
     q, kv, table = args["q"].astype(np.float64), args["kv"], args["page_table"]
     K, S, H = kv.shape[3:]
     scale = H**-0.5 if scale is None else scale
+    scales = args.get("scales", np.ones((2, K)))
     out = np.zeros(q.shape)
     group = q.shape[1] // K
     for i, context in enumerate(args["context_lens"]):
         if context == 0:
             continue
         tokens = np.arange(context)
-        k, v = (kv[LAYER, j][table[i, tokens // S], :, tokens % S].astype(np.float64) for j in (0, 1))  # [C, K, H]
+        kept = (kv[LAYER, j][table[i, tokens // S], :, tokens % S].astype(np.float64) for j in (0, 1))  # [C, K, H]
+        k, v = (rows * scale[:, None] for rows, scale in zip(kept, scales, strict=True))
         k, v = np.repeat(k, group, axis=1), np.repeat(v, group, axis=1)  # [C, N, H]
         start, end = (args["query_starts"][i : i + 2]) if "query_starts" in args else (i, i + 1)
         for row in range(start, end):
@@ -107,6 +114,11 @@ def is_close(out: np.ndarray, expected: np.ndarray, dtype: str) -> bool:
 
 def edge_lengths(page_size: int, most: int) -> tuple[int, ...]:
     return (1, page_size - 1, page_size, page_size + 1, 0, most)
+
+
+def narrow(cases: list[Case]) -> list[Case]:
+    """The same over an e4m3 cache, whose queries are float16."""
+    return [replace(case, dtype="float16", is_narrow=True) for case in cases]
 
 
 def decode_cases(most: int) -> list[Case]:

@@ -1,7 +1,10 @@
 """`norm_rope_write`: queries, which slots change, and that nothing is copied when the cache is donated."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -63,6 +66,36 @@ def test_rotates_and_writes_its_slots_and_nothing_else(
     assert np.asarray(out)[untouched].tobytes() == kv[untouched].tobytes()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("heads", "has_scales"), [((8, 4), True), ((2, 1), False), ((2, 1), True)], ids=str)
+@pytest.mark.timeout(120)
+def test_e4m3_cache_gets_what_the_formula_says(implementation: str, heads: tuple[int, int], has_scales: bool):
+    """Bit by bit, of the keys and values that a bfloat16 cache gets: rounded to nearest, saturated, NaN kept."""
+    (N, K), H, T = heads, 128, len(SLOTS)
+    rng = np.random.default_rng(1)
+    spread = lambda *shape: rng.standard_normal(shape) * 2.0 ** rng.integers(-12, 12, shape)  # subnormal to too large
+    make = lambda *shape: jnp.asarray(spread(*shape), jnp.bfloat16)
+    qkv = make(T, K, N // K + 2, H).at[0, 0, -1, :4].set(jnp.asarray([np.nan, np.inf, -1e30, 448.0], jnp.bfloat16))
+    angle = rng.uniform(0, 6, (T, H // 2)).astype(np.float32)
+    norms = (make(H), make(H))
+    args = (qkv[None], norms, np.cos(angle), np.sin(angle), SLOTS)
+    run = functools.partial(norm_rope_write, eps=1e-6, layer=1, implementation=implementation)
+    wide_q, wide = run(jnp.zeros((L, 2, P, K, S, H), jnp.bfloat16), *args)
+    scales = jnp.asarray(rng.uniform(0.02, 2, (2, K)), jnp.float32) if has_scales else None
+    cache = jnp.full((L, 2, P, K, S, H), np.nan, jnp.float8_e4m3fn)
+    q, narrow = run(cache, *args, scales, dtype=jnp.bfloat16)
+    assert np.asarray(q).tobytes() == np.asarray(wide_q, np.float32).astype(np.float16).tobytes()
+
+    expected = np.array(cache)
+    for slot in SLOTS[SLOTS >= 0]:
+        rows = np.asarray(wide)[1, :, slot // S, :, slot % S].astype(np.float32)  # [2, K, H]
+        rows = rows if scales is None else rows / np.asarray(scales)[:, :, None]
+        clipped = np.clip(rows, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        expected[1, :, slot // S, :, slot % S] = clipped
+        assert (np.abs(rows) > 448).any() and (np.abs(rows) < 2**-7).any()
+    assert np.asarray(narrow).tobytes() == expected.tobytes()
+
+
 def test_donated_cache_is_written_in_place():
     """Three layers of write, attend, write: the compiled step has no room for a copy of the cache."""
     K, H = 2, 64
@@ -90,3 +123,8 @@ def test_shapes_that_do_not_fit_are_refused():
     kv, qkv, cos = jnp.zeros((L, 2, P, 2, S, 64)), jnp.zeros((1, 3, 2, 4, 64)), jnp.zeros((3, 32))
     with pytest.raises(ValueError, match="do not fit the cache"):
         norm_rope_write(kv, qkv, None, cos, cos, jnp.zeros(4, jnp.int32), eps=0, layer=0)
+    slots = jnp.zeros(3, jnp.int32)
+    with pytest.raises(ValueError, match=r"scales \(2, 2\) for a cache"):
+        norm_rope_write(kv, qkv, None, cos, cos, slots, jnp.ones((2, 2)), eps=0, layer=0)
+    with pytest.raises(ValueError, match="needs the model's dtype"):
+        norm_rope_write(kv.astype(jnp.float8_e4m3fn), qkv, None, cos, cos, slots, eps=0, layer=0)
