@@ -18,6 +18,8 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("kv_heads", _TENSOR),  # a KV head travels with its query heads
     ("mlp", _TENSOR),  # also of each expert
     ("experts", None),
+    ("split_experts", _TENSOR),  # this and the next: of weights with expert parallelism
+    ("whole_mlp", None),
     ("experts_of_token", None),
     ("embed", None),
     ("heads_of_kv", None),  # the query heads of one KV head; in a fused qkv kernel also its k and v
@@ -34,6 +36,7 @@ RULES: tuple[tuple[str, str | None], ...] = (
     ("cell_words", None),  # of int4 weights
 )
 KV_CACHE_AXES = ("layers", "keys_values", "pages", "kv_heads", "page_slots", "head_dim")
+KV_SCALES_AXES = ("keys_values", "kv_heads")  # of one layer
 
 
 def make_mesh(
@@ -68,6 +71,12 @@ def num_shards(axis: str) -> int:
     """Into how many parts the mesh of `jax.set_mesh` splits a logical axis."""
     mesh_axis = dict(RULES)[axis]
     return 1 if mesh_axis is None else jax.sharding.get_abstract_mesh().shape[mesh_axis]
+
+
+def shard_index(axis: str) -> jax.Array | int:
+    """In a function of `per_shard`: which of the `num_shards` parts of a logical axis this device has."""
+    mesh_axis = dict(RULES)[axis]
+    return 0 if mesh_axis is None else jax.lax.axis_index(mesh_axis)
 
 
 def sum_over(x: jax.Array, axes: Sequence[str]) -> jax.Array:

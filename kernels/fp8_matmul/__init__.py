@@ -4,9 +4,13 @@ import jax
 import jax.numpy as jnp
 
 from qjax.kernels.dispatch import dispatch
-from qjax.kernels.fp8_matmul.reference import fp8_matmul_ref
+from qjax.kernels.fp8_matmul.reference import fp8_matmul_ref, grouped_fp8_matmul_ref
 
-__all__ = ["fp8_matmul"]
+__all__ = ["fp8_matmul", "grouped_fp8_matmul"]
+
+# The grouped kernel was compiled for an H100 and checked in interpret mode, but has not run on a GPU yet: until it has,
+# it is used only where `implementation` asks for it.
+IS_GROUPED_CHECKED_ON_GPU = False
 
 
 def fp8_matmul(x: jax.Array, w: jax.Array, scale: jax.Array, *, implementation: str | None = None) -> jax.Array:
@@ -29,3 +33,39 @@ def fp8_matmul(x: jax.Array, w: jax.Array, scale: jax.Array, *, implementation: 
         return fp8_matmul_mosaic(x, w, scale, interpret=interpret)
 
     return dispatch(implementation, lambda: fp8_matmul_ref(x, w, scale), mosaic)
+
+
+def grouped_fp8_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    scale: jax.Array,
+    work: jax.Array,
+    *,
+    is_gated: bool = False,
+    implementation: str | None = None,
+) -> jax.Array:
+    """`fp8_matmul` of tiles of rows, each with its expert's weight: [R, N] in x's dtype.
+
+    Rows past the last tile hold anything. The kernel rounds x to e4m3 as `fp8_matmul`'s does.
+
+    x      [R, D]         sorted by expert, each expert's rows padded to tiles: `grouped_matmul.Groups`
+    w      [E, N, D]      float8_e4m3fn; or, `is_gated`, [E, 2, N, D]: the result is silu(x w[:, 0]^T) * (x w[:, 1]^T)
+    scale  w's shape, with N / rows and D / columns of a block for N and D; float32
+    work   int32 [1 + W]  number of tiles, then the expert of each; a tile has R / W rows
+    """
+    fits = w.ndim == scale.ndim == 3 + is_gated and w.shape[:-2] == scale.shape[:-2] and x.shape[1] == w.shape[-1]
+    is_whole = not any(size % blocks for size, blocks in zip(w.shape, scale.shape, strict=False))
+    if not (fits and is_whole and w.dtype == jnp.float8_e4m3fn) or x.shape[0] % (work.shape[0] - 1):
+        raise ValueError(
+            f"grouped_fp8_matmul: x {x.shape}, w {w.shape} {w.dtype}, scale {scale.shape} and work {work.shape} do not "
+            "fit"
+        )
+
+    def mosaic(interpret: bool) -> jax.Array:
+        if implementation is None and not IS_GROUPED_CHECKED_ON_GPU:
+            raise NotImplementedError("the kernel was not checked on a GPU")
+        from qjax.kernels.fp8_matmul.grouped_mosaic_gpu import grouped_fp8_matmul_mosaic
+
+        return grouped_fp8_matmul_mosaic(x, w, scale, work, is_gated=is_gated, interpret=interpret)
+
+    return dispatch(implementation, lambda: grouped_fp8_matmul_ref(x, w, scale, work, is_gated=is_gated), mosaic)

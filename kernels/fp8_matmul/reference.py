@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from qjax.kernels.tiles import each_tile, swiglu
+
 E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
 SMALLEST_AMAX = 1e-10  # a row of zeros keeps a finite scale
@@ -33,6 +35,26 @@ def fp8_matmul_ref(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
     return jax.lax.dot_general(x, weight, over, precision=precision, preferred_element_type=x.dtype)[None]
 
 
+def grouped_fp8_matmul_ref(
+    x: jax.Array, w: jax.Array, scale: jax.Array, work: jax.Array, *, is_gated: bool
+) -> jax.Array:
+    """Weight-only: an expert's weight is dequantised for each of its tiles, so that one is there at a time."""
+
+    def product(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        return fp8_matmul_ref(rows, *_of_expert(w, scale, expert))[0]
+
+    y = each_tile(x, work, w[0].size // w.shape[-1], product)
+    return swiglu(y) if is_gated else y
+
+
+def _of_expert(w: jax.Array, scale: jax.Array, expert: jax.Array) -> list[jax.Array]:
+    """An expert's weight and scales, each [outputs, inputs], those of gate before those of up."""
+    # Without the barrier XLA makes float16 of all experts before the loop, where the CPU does not know e4m3.
+    w, expert = jax.lax.optimization_barrier((w, expert))
+    own = [jax.lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in (w, scale)]
+    return [a.reshape(-1, a.shape[-1]) for a in own]
+
+
 def quantize_rows(x: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
     """x [M, D] in e4m3, and the scales, float32 [D / group, M]: one for each row and `group` columns."""
     groups = x.astype(jnp.float32).reshape(x.shape[0], -1, group)
@@ -49,3 +71,13 @@ def fp8_product(x: jax.Array, w: jax.Array, scale: jax.Array) -> jax.Array:
     products = jnp.einsum("MBC,NBC->BMN", split(q), split(w), precision=jax.lax.Precision.HIGHEST)
     column_scale = jnp.repeat(scale, w.shape[0] // scale.shape[0], axis=0).T  # [D / group, N]
     return jnp.sum(products * row_scale[:, :, None] * column_scale[:, None, :], axis=0)
+
+
+def grouped_fp8_product(x: jax.Array, w: jax.Array, scale: jax.Array, work: jax.Array, *, is_gated: bool) -> jax.Array:
+    """[R, N] as the kernel computes it: see `fp8_product`."""
+
+    def product(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        return fp8_product(rows, *_of_expert(w, scale, expert))
+
+    y = each_tile(x.astype(jnp.float32), work, w[0].size // w.shape[-1], product)
+    return (swiglu(y) if is_gated else y).astype(x.dtype)

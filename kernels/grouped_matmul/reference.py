@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.kernels.tiles import each_tile, swiglu
+
 
 def grouped_matmul_ref(x: jax.Array, w: jax.Array, work: jax.Array, *, is_gated: bool) -> jax.Array:
     E, D = w.shape[:2]
     y = _product(x, w.reshape(E, D, -1), work)
-    if not is_gated:
-        return y
-    gate, up = jnp.split(y, 2, axis=1)
-    return jax.nn.silu(gate) * up
+    return swiglu(y) if is_gated else y
 
 
 @jax.custom_vjp
@@ -27,21 +26,13 @@ def _product(x: jax.Array, w: jax.Array, work: jax.Array) -> jax.Array:
 
 def _each_tile(x: jax.Array, w: jax.Array, work: jax.Array, *, contracted: int) -> jax.Array:
     """Rows of x times w [E, ...] over axis `contracted` of an expert's matrix."""
-    tile = x.shape[0] // (work.shape[0] - 1)
 
-    def body(i: jax.Array, out: jax.Array) -> jax.Array:
-        rows = lax.dynamic_slice_in_dim(x, i * tile, tile)
-        weights = lax.dynamic_index_in_dim(w, work[1 + i], keepdims=False)
-        y = lax.dot_general(
-            rows,
-            weights,
-            (((1,), (contracted,)), ((), ())),
-            precision=_precision(w),
-            preferred_element_type=x.dtype,
-        )
-        return lax.dynamic_update_slice_in_dim(out, y, i * tile, 0)
+    def product(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        weights = lax.dynamic_index_in_dim(w, expert, keepdims=False)
+        over = (((1,), (contracted,)), ((), ()))
+        return lax.dot_general(rows, weights, over, precision=_precision(w), preferred_element_type=x.dtype)
 
-    return lax.fori_loop(0, work[0], body, jnp.zeros((x.shape[0], w.shape[2 - contracted]), x.dtype))
+    return each_tile(x, work, w.shape[2 - contracted], product)
 
 
 def _forward(x: jax.Array, w: jax.Array, work: jax.Array) -> tuple[jax.Array, Any]:

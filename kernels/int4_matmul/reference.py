@@ -16,6 +16,7 @@ from qjax.kernels.int4_matmul.packing import (
     SPLIT_OUTPUTS,
     ZERO_MASK,
 )
+from qjax.kernels.tiles import each_tile, swiglu
 
 SMALLEST_SCALE = 2.0**-17
 
@@ -25,6 +26,20 @@ def int4_matmul_ref(x: jax.Array, words: jax.Array, scales_zeros: jax.Array) -> 
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # tf32 only for narrower numbers
     y = jax.lax.dot_general(x, w, (((1,), (1,)), ((), ())), precision=precision, preferred_element_type=x.dtype)
     return y[None]
+
+
+def grouped_int4_matmul_ref(
+    x: jax.Array, words: jax.Array, scales_zeros: jax.Array, work: jax.Array, *, is_gated: bool
+) -> jax.Array:
+    """An expert's weight is dequantised for each of its tiles, so that one is there at a time."""
+    groups = words.shape[1]
+
+    def product(rows: jax.Array, expert: jax.Array) -> jax.Array:
+        own, scales = (jax.lax.dynamic_index_in_dim(a, expert, keepdims=False) for a in (words, scales_zeros))
+        return int4_matmul_ref(rows, own.reshape(groups, -1, CELL_WORDS), scales.reshape(groups, -1))[0]
+
+    y = each_tile(x, work, scales_zeros[0].size // groups, product)
+    return swiglu(y) if is_gated else y
 
 
 def dequantize(words: jax.Array, scales_zeros: jax.Array, dtype: Any) -> jax.Array:

@@ -23,7 +23,8 @@ from qjax.quantization.writing import CONFIGS, Made, shapes_of, tensors_of
 
 SHARD_BYTES = 5 * 10**9  # Hugging Face's own limit
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-PROJECTION = re.compile(r"(?:model\.)?layers\.\d+\.(?:self_attn\.[qkvo]|mlp\.(?:gate|up|down))_proj\.weight")
+MODULE = r"(?:self_attn\.[qkvo]|mlp\.(?:experts\.\d+\.)?(?:gate|up|down))_proj"
+PROJECTION = re.compile(rf"(?:model\.)?layers\.\d+\.{MODULE}\.weight")
 # Weights are written anew; what else a folder may hold at its top level, and sentence-transformers' small folders.
 COPIED = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE*", "1_*/*.json")
 
@@ -62,15 +63,14 @@ def convert(
     config = ModelConfig.from_hf(hf_config)
     if config.quantization is not None:
         raise ValueError(f"{source} is quantised already ({config.quantization.method}): convert its plain checkpoint.")
-    quantization = config.with_quantization(method).quantization
-    assert quantization is not None
-    sizes = ("head_dim", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size")
-    quantization.check_sizes(1, **{name: getattr(config, name) for name in sizes})
+    config.with_quantization(method).sizes_to_split(1)  # or it is refused
     if output.exists():
         raise ValueError(f"{output} exists already: remove it, or name another folder.")
     check_not_modelopt(source)
     tensors = open_folder(source)
-    found, expected = sum(map(bool, map(PROJECTION.fullmatch, tensors))), 7 * config.num_hidden_layers
+    sparse = [layer for layer in range(config.num_hidden_layers) if config.is_sparse(layer)]
+    expected = 7 * config.num_hidden_layers + 3 * (config.num_experts - 1) * len(sparse)
+    found = sum(map(bool, map(PROJECTION.fullmatch, tensors)))
     if found != expected:
         raise ValueError(f"{source} has {found} weights of projections, expected {expected}: is a part missing?")
     pieces = _pieces(tensors, method)
@@ -84,7 +84,9 @@ def convert(
         for path in sorted({path for pattern in COPIED for path in source.glob(pattern)} - {source / INDEX_NAME}):
             (unfinished / path.relative_to(source)).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, unfinished / path.relative_to(source))
-        text = json.dumps(hf_config | {"quantization_config": CONFIGS[method]}, indent=2) + "\n"
+        own = dict(CONFIGS[method])
+        own["modules_to_not_convert"] = own["modules_to_not_convert"] + [f"model.layers.{i}.mlp.gate" for i in sparse]
+        text = json.dumps(hf_config | {"quantization_config": own}, indent=2) + "\n"
         (unfinished / "config.json").write_text(text, encoding="utf-8")
         with tqdm(
             total=needed,

@@ -1,37 +1,22 @@
 """How each of the model's leaves is made of Hugging Face's tensors, and back. Knows shapes, not files or devices."""
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import numpy as np
 
+from qjax.checkpoint.kv_scales import kv_scales_leaf
+from qjax.checkpoint.leaf import Leaf, Tensors, flipped, not_written, stacked, transpose_into
 from qjax.models.config import ModelConfig
 from qjax.quantization.config import GROUP, TENSORS, Stored
 from qjax.quantization.int4 import CELL_OUTPUTS, is_in_order, repack_scales, repack_weights
 
-Tensors = Mapping[str, np.ndarray]
 # By the parameter's name; a kernel is "weight" in every checkpoint, quantised or not.
 STORED = {
     "kernel": Stored("weight", "", 1, 1),
     "bias": Stored("bias", "", 1, 1),
     **TENSORS["fp8"],
 }
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """One leaf and the tensors it is made of.
-
-    `axis` is the only one that devices split; `read(tensors, start, stop)` gives the leaf's part [start, stop) of it
-    (in the tensors' dtype), touching no other part of the tensors; `write(leaf)` gives the tensors of a whole leaf.
-    """
-
-    shapes: dict[str, tuple[int, ...]]  # of the tensors, by name
-    axis: int
-    read: Callable[[Tensors, int, int], np.ndarray]
-    write: Callable[[np.ndarray], dict[str, np.ndarray]]
-    dtypes: dict[str, str] = field(default_factory=dict)  # of tensors that `read` makes something else of, by name
 
 
 def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_size: int = 1) -> Leaf:
@@ -43,6 +28,28 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_s
     Raises:
       RuntimeError: no leaf of the model has this path.
     """
+    owner, is_of_experts, kind = path.partition(".experts.")
+    if is_of_experts:
+        return _of_experts(f"{owner}.experts", kind, config, num_kv_heads, tensor_parallel_size)
+    return _leaf_of(path, config, num_kv_heads, tensor_parallel_size)
+
+
+def _of_experts(owner: str, kind: str, config: ModelConfig, K: int, tp: int) -> Leaf:
+    """All experts' leaves of a kind, such as "gate_up_proj.kernel"; the tensors are those of as many feed-forwards."""
+    F, whole = config.moe_intermediate_size, None
+    if config.expert_parallel:
+        module, _, name = kind.partition(".")
+        is_made = config.quantization is not None and config.quantization.is_made
+        units = {"weight_scale_inv": GROUP}
+        if not is_made:
+            is_down = module == "down_proj"
+            units |= {"words": GROUP if is_down else CELL_OUTPUTS, "scales_zeros": GROUP if is_down else 1}
+        tp, whole = 1, F // units.get(name, 1)
+    one = replace(config, intermediate_size=F)
+    return stacked([_leaf_of(f"{owner}.{e}.{kind}", one, K, tp) for e in range(config.num_experts)], whole)
+
+
+def _leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_size: int) -> Leaf:
     *owner, module, kind = path.split(".")
     prefix = ".".join(["model", *owner])
     D, V = config.hidden_size, config.vocab_size
@@ -58,7 +65,7 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_s
             if stored.is_kept:
                 return _kept(prefix, module, stored, config, num_kv_heads, tensor_parallel_size)
             leaf = _projection(prefix, module, stored, config, num_kv_heads)
-            return _flipped(leaf) if stored.is_transposed else leaf
+            return flipped(leaf) if stored.is_transposed else leaf
         case (_, "words" | "scales_zeros") if config.quantization is not None and config.quantization.is_made:
             return _projection(prefix, module, STORED["kernel"], config, num_kv_heads)  # the weight it is made of
         case (_, "words"):
@@ -67,10 +74,8 @@ def leaf_of(path: str, config: ModelConfig, num_kv_heads: int, tensor_parallel_s
             return _int4_scales(prefix, module, config, num_kv_heads)
         case ("gate", "kernel"):
             return _transposed(f"{prefix}.gate.weight", (config.num_experts, D), axis=1)
-        case ("experts", "gate_up_proj"):
-            return _experts_gate_up(f"{prefix}.experts", config)
-        case ("experts", "down_proj"):
-            return _experts_down(f"{prefix}.experts", config)
+        case ("self_attn", "kv_scales"):
+            return kv_scales_leaf(f"{prefix}.self_attn", config.num_key_value_heads, num_kv_heads)
         case ("q_norm" | "k_norm", _):
             return _plain(f"{prefix}.{module}.weight", (config.head_dim,))
         case ("norm" | "input_layernorm" | "post_attention_layernorm", _):
@@ -169,7 +174,7 @@ def _int4_words(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
     assert config.quantization is not None
     method, num_inputs = config.quantization.method, 3 if module == "o_proj" else 1
     stored = TENSORS[method]["qweight"]
-    source = _flipped(_projection(prefix, module, stored, config, K))
+    source = flipped(_projection(prefix, module, stored, config, K))
     # Elements of the source's axis in one of the leaf's; heads are heads.
     ratio = {"gate_up_proj": CELL_OUTPUTS // stored.out_step, "down_proj": GROUP // stored.in_step}.get(module, 1)
 
@@ -180,7 +185,7 @@ def _int4_words(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
         groups = (*inputs[:-1], inputs[-1] * stored.in_step // GROUP)
         return words.reshape(*groups, *outputs[:-1], outputs[-1] * stored.out_step // CELL_OUTPUTS, -1)
 
-    return Leaf(source.shapes, source.axis, read, _not_written, dict.fromkeys(source.shapes, stored.dtype))
+    return Leaf(source.shapes, source.axis, read, not_written, dict.fromkeys(source.shapes, stored.dtype))
 
 
 def _int4_scales(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
@@ -188,7 +193,7 @@ def _int4_scales(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
     assert config.quantization is not None
     method, num_inputs = config.quantization.method, 3 if module == "o_proj" else 1
     tensors = TENSORS[method]
-    zeros, scales = (_flipped(_projection(prefix, module, tensors[x], config, K)) for x in ("qzeros", "scales"))
+    zeros, scales = (flipped(_projection(prefix, module, tensors[x], config, K)) for x in ("qzeros", "scales"))
     ratio = tensors["qzeros"].out_step if module == "gate_up_proj" else 1  # leaf's elements in one of the zeros' axis
     shapes = {**zeros.shapes, **scales.shapes}
     dtypes = dict.fromkeys(zeros.shapes, "int32") | dict.fromkeys(scales.shapes, "float32")
@@ -210,38 +215,7 @@ def _int4_scales(prefix: str, module: str, config: ModelConfig, K: int) -> Leaf:
         return repack_scales(zero.reshape(rows, -1), scale.reshape(rows, -1), method).reshape(scale.shape)
 
     dtypes |= dict.fromkeys(indices, "int32")
-    return Leaf(shapes | indices, scales.axis, read, _not_written, dtypes)
-
-
-def _not_written(_: np.ndarray) -> dict[str, np.ndarray]:
-    raise RuntimeError("a model that is quantised to int4 is not written: `save_params` refuses it")
-
-
-def _flipped(leaf: Leaf) -> Leaf:
-    """The same leaf of tensors stored [in, out]."""
-
-    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
-        return leaf.read({name: tensors[name].T for name in leaf.shapes}, start, stop)
-
-    def write(array: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: tensor.T for name, tensor in leaf.write(array).items()}
-
-    return Leaf({name: shape[::-1] for name, shape in leaf.shapes.items()}, leaf.axis, read, write)
-
-
-def _transpose_into(out: np.ndarray, matrix: np.ndarray) -> None:
-    """out[...] = matrix.T, a few rows at a time: numpy alone misses the cache at every element."""
-    for row in range(0, matrix.shape[0], 16):
-        out[:, row : row + 16] = matrix[row : row + 16].T
-
-
-def contiguous(tensor: np.ndarray) -> np.ndarray:
-    """A tensor that `Leaf.write` gave, which may be a transposed view, as C-ordered memory."""
-    if tensor.flags.c_contiguous or tensor.ndim != 2:
-        return np.ascontiguousarray(tensor)
-    out = np.empty(tensor.shape, tensor.dtype)
-    _transpose_into(out, tensor.T)
-    return out
+    return Leaf(shapes | indices, scales.axis, read, not_written, dtypes)
 
 
 def _plain(name: str, shape: tuple[int, ...]) -> Leaf:
@@ -254,7 +228,7 @@ def _transposed(name: str, shape: tuple[int, int], axis: int) -> Leaf:
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
         part = tensors[name][:, start:stop] if axis == 0 else tensors[name][start:stop]
         out = np.empty(part.shape[::-1], part.dtype)
-        _transpose_into(out, part)
+        transpose_into(out, part)
         return out
 
     return Leaf({name: shape}, axis, read, lambda leaf: {name: leaf.T})
@@ -267,42 +241,10 @@ def _gate_up(prefix: str, kind: str, D: int, F: int) -> Leaf:
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
         out = np.empty((D, 2, stop - start), tensors[names[0]].dtype)
         for i, name in enumerate(names):
-            _transpose_into(out[:, i], tensors[name][start:stop])
+            transpose_into(out[:, i], tensors[name][start:stop])
         return out
 
     return Leaf(dict.fromkeys(names, (F, D)), 2, read, lambda leaf: {n: leaf[:, i].T for i, n in enumerate(names)})
-
-
-def _experts_gate_up(prefix: str, config: ModelConfig) -> Leaf:
-    """[E, D, 2, F] of each expert's gate_proj and up_proj [F, D]."""
-    E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    names = [(f"{prefix}.{e}.gate_proj.weight", f"{prefix}.{e}.up_proj.weight") for e in range(E)]
-
-    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
-        out = np.empty((E, D, 2, stop - start), tensors[names[0][0]].dtype)
-        for e, pair in enumerate(names):
-            for i, name in enumerate(pair):
-                _transpose_into(out[e, :, i], tensors[name][start:stop])
-        return out
-
-    def write(leaf: np.ndarray) -> dict[str, np.ndarray]:
-        return {name: leaf[e, :, i].T for e, pair in enumerate(names) for i, name in enumerate(pair)}
-
-    return Leaf(dict.fromkeys([name for pair in names for name in pair], (F, D)), 3, read, write)
-
-
-def _experts_down(prefix: str, config: ModelConfig) -> Leaf:
-    """[E, F, D] of each expert's down_proj [D, F]."""
-    E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
-    names = [f"{prefix}.{e}.down_proj.weight" for e in range(E)]
-
-    def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
-        out = np.empty((E, stop - start, D), tensors[names[0]].dtype)
-        for part, name in zip(out, names, strict=True):
-            _transpose_into(part, tensors[name][:, start:stop])
-        return out
-
-    return Leaf(dict.fromkeys(names, (D, F)), 1, read, lambda leaf: {n: leaf[e].T for e, n in enumerate(names)})
 
 
 def _qkv(prefix: str, kind: str, D: int, H: int, config: ModelConfig, K: int) -> Leaf:
@@ -325,7 +267,7 @@ def _qkv(prefix: str, kind: str, D: int, H: int, config: ModelConfig, K: int) ->
             for part in parts:
                 where = out[..., i, column : column + len(part)]
                 if tail:
-                    _transpose_into(where, part)
+                    transpose_into(where, part)
                 else:
                     where[...] = part
                 column += len(part)
@@ -344,7 +286,7 @@ def _output(name: str, D: int, H: int, N: int, K: int) -> Leaf:
 
     def read(tensors: Tensors, start: int, stop: int) -> np.ndarray:
         out = np.empty(((stop - start) * G * H, D), tensors[name].dtype)
-        _transpose_into(out, tensors[name][:, start * G * H : stop * G * H])
+        transpose_into(out, tensors[name][:, start * G * H : stop * G * H])
         return out.reshape(stop - start, G, H, D)
 
     return Leaf({name: (D, N * H)}, 0, read, lambda leaf: {name: leaf.reshape(N * H, D).T})

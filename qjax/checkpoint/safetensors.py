@@ -20,7 +20,9 @@ import numpy as np
 from tqdm import tqdm
 
 from qjax import sharding
-from qjax.checkpoint.names import Leaf, contiguous, leaf_of
+from qjax.checkpoint.kv_scales import with_kv_scales
+from qjax.checkpoint.leaf import Leaf, contiguous
+from qjax.checkpoint.names import leaf_of
 from qjax.models.config import ModelConfig
 from qjax.models.layers import INIT_STDDEV
 from qjax.models.qwen3 import ModelDef, abstract_model
@@ -58,7 +60,7 @@ def load_params(
     check_not_modelopt(folder)
     modeldef, leaves = abstract_model(config, dtype, mesh)
     rules = _rules(config, mesh, modeldef)
-    tensors = _full_names(open_folder(folder))
+    tensors = with_kv_scales(full_names(open_folder(folder)), config)
     scales = scales_to_make(config.quantization, modeldef.paths)
     sources = {i: leaf for i, leaf in enumerate(leaves) if i not in set(scales.values())}
     sources |= {i: as_read(modeldef.paths[i], leaves[i], leaves[scale], dtype) for i, scale in scales.items()}
@@ -76,7 +78,9 @@ def load_params(
         def load(i: int) -> dict[int, jax.Array]:
             made = {i: _place(rules[i], sources[i], tensors)}
             if i in scales:
-                made[i], made[scales[i]] = quantize_on_devices(made[i], leaves[i], leaves[scales[i]])
+                is_of_experts = ".experts." in modeldef.paths[i]
+                pair = quantize_on_devices(made[i], leaves[i], leaves[scales[i]], is_of_experts=is_of_experts)
+                made[i], made[scales[i]] = pair
             jax.block_until_ready(made)  # the part's copy on the host is free again
             bar.update(sum(tensors[name].nbytes for name in rules[i].shapes))
             return made
@@ -172,7 +176,7 @@ def open_folder(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     raise ValueError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there.{hint}")
 
 
-def _full_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def full_names(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Qwen3-Embedding was saved without its output layer, and so without the prefix of all that is below it."""
     if "embed_tokens.weight" not in tensors:
         return tensors

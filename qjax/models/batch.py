@@ -66,6 +66,9 @@ class Batch:
         rope: tuple[jax.Array, jax.Array],
         cache: jax.Array,
         layer: jax.Array | int,
+        *,
+        dtype: jnp.dtype,
+        kv_scales: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array]:
         """Writes the step's keys and values into the cache, then attends to each token's sequence up to itself.
 
@@ -76,29 +79,33 @@ class Batch:
           rope: cos and sin, float32 [T, H / 2].
           cache: [L, 2, P, K, S, H].
           layer: index into the cache's first axis.
+          dtype: the model's, and the result's.
+          kv_scales: float32 [2, K] of the layer's keys and values in an e4m3 cache; None: 1.
         Returns:
           ([T, K, G, H], cache). Rows of padding hold anything.
         """
         heads = ("tokens", "kv_heads", "heads_of_kv", "head_dim")
 
-        def on_shard(parts, norms, rope, cache, slots, decode, prefill):  # K: the device's own KV heads
-            q, cache = norm_rope_write(cache, parts, norms, *rope, slots, eps=eps, layer=layer)
+        def on_shard(parts, norms, rope, cache, slots, decode, prefill, scales):  # K: the device's own KV heads
+            q, cache = norm_rope_write(cache, parts, norms, *rope, slots, scales, dtype=dtype, eps=eps, layer=layer)
             T, K, G, H = q.shape
             q = q.reshape(T, K * G, H)
             num_decode = 0 if decode is None else decode.context_lens.shape[0]
-            out = []
+            out, options = [], {"layer": layer, "out_dtype": dtype}
             if decode is not None:
-                out.append(paged_decode(q[:num_decode], cache, decode.page_table, decode.context_lens, layer=layer))
+                tables = decode.page_table, decode.context_lens
+                out.append(paged_decode(q[:num_decode], cache, *tables, scales, **options))
             if prefill is not None:
-                starts = prefill.query_starts
-                out.append(
-                    paged_prefill(q[num_decode:], cache, prefill.page_table, prefill.context_lens, starts, layer=layer)
-                )
+                tables = prefill.page_table, prefill.context_lens, prefill.query_starts
+                out.append(paged_prefill(q[num_decode:], cache, *tables, scales, **options))
             return jnp.concatenate(out).reshape(T, K, G, H), cache
 
         on_shards = sharding.per_shard(
             on_shard,
-            in_axes=(("parts", *heads), None, None, sharding.KV_CACHE_AXES, None, None, None),
+            in_axes=(
+                *(("parts", *heads), None, None, sharding.KV_CACHE_AXES, None, None, None),
+                None if kv_scales is None else sharding.KV_SCALES_AXES,
+            ),
             out_axes=(heads, sharding.KV_CACHE_AXES),
         )
-        return on_shards(parts, norms, rope, cache, self.slots, self.decode, self.prefill)
+        return on_shards(parts, norms, rope, cache, self.slots, self.decode, self.prefill, kv_scales)

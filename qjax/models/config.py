@@ -41,10 +41,6 @@ HF_FIELDS = {
     "classifier_from_token",  # this and the next are read by checkpoint/pooling
     "is_original_qwen3_reranker",
 }
-NO_QUANTIZED_EXPERTS = (
-    "a mixture of experts (Qwen3MoeForCausalLM) with quantised experts (FP8, AWQ, GPTQ) is not supported yet. Use its "
-    "checkpoint in bfloat16."
-)
 # Kinds of rotary embedding in models/rope.py: needed keys, then those that may be there.
 ROPE_KEYS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
@@ -87,6 +83,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     quantization: Quantization | None = None  # None: weights are as they are computed with
+    kv_scales: bool = False  # the KV cache is FP8 and the checkpoint has scales for it
     num_experts: int = 0  # E of a sparse layer; 0: every layer is dense
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0  # of one expert; intermediate_size is that of dense layers
@@ -94,6 +91,7 @@ class ModelConfig:
     decoder_sparse_step: int = 1  # every so many layers one is sparse, but for those of mlp_only_layers
     mlp_only_layers: tuple[int, ...] = ()
     router_aux_loss_coef: float = 0.0  # of the load-balancing loss in training
+    expert_parallel: bool = False  # devices split the experts, not the intermediate size of each
 
     def __hash__(self) -> int:  # rope_scaling is a dict
         return hash(repr(self))
@@ -111,6 +109,26 @@ class ModelConfig:
     @property
     def num_sparse_layers(self) -> int:
         return sum(self.is_sparse(layer) for layer in range(self.num_hidden_layers))
+
+    def sizes_to_split(self, tp: int) -> dict[str, int]:
+        """Sizes by name that tensor parallelism splits.
+
+        Raises:
+          ValueError: on `tp` devices groups of quantised weights would be cut; the message names the size.
+        """
+        dense, sparse = {"intermediate_size": self.intermediate_size}, {}
+        if self.num_sparse_layers == self.num_hidden_layers:
+            dense = {}
+        if self.num_sparse_layers:
+            sparse = {"moe_intermediate_size": self.moe_intermediate_size}
+        if self.quantization is not None:
+            names = ("head_dim", "num_attention_heads", "num_key_value_heads", "hidden_size")
+            self.quantization.check_sizes(tp, **{name: getattr(self, name) for name in names}, **dense)
+            for name, size in sparse.items():
+                self.quantization.check_split(name, size, 1 if self.expert_parallel else tp)
+        if sparse and self.expert_parallel:
+            sparse = {"num_experts": self.num_experts}
+        return {"vocab_size": self.vocab_size} | dense | sparse
 
     @property
     def max_context_len(self) -> int:
@@ -150,9 +168,11 @@ class ModelConfig:
         d, f, heads = self.hidden_size, self.intermediate_size, self.num_attention_heads * self.head_dim
         kv = 2 * self.num_key_value_heads * self.head_dim
         sizes = {"self_attn.qkv_proj": d * (heads + kv), "self_attn.o_proj": d * heads}
-        sizes |= {"mlp.gate_up_proj": 2 * d * f, "mlp.down_proj": d * f}
+        dense = {"mlp.gate_up_proj": 2 * d * f, "mlp.down_proj": d * f}
+        all_experts = self.num_experts * d * self.moe_intermediate_size
+        sparse = {"mlp.experts.gate_up_proj": 2 * all_experts, "mlp.experts.down_proj": all_experts}
         for layer in range(self.num_hidden_layers):
-            for name, size in sizes.items():
+            for name, size in (sizes | (sparse if self.is_sparse(layer) else dense)).items():
                 if self.quantization.covers(f"model.layers.{layer}.{name}"):
                     total += self.quantization.num_bytes(size) - size * itemsize
         return total
@@ -164,8 +184,6 @@ class ModelConfig:
           ValueError: that is neither the checkpoint's own nor made while loading.
         """
         own = None if self.quantization is None else self.quantization.method
-        if self.num_experts and method is not None:
-            raise ValueError(f"quantization={method!r}: {NO_QUANTIZED_EXPERTS}")
         if own is None and method in ("fp8", "int4"):
             return replace(self, quantization=Quantization(method, is_made=True))
         if method not in (None, own):
@@ -222,8 +240,6 @@ class ModelConfig:
             )
         quantization = config.get("quantization_config")
         experts = _experts_of(config) if architecture == "Qwen3MoeForCausalLM" else {}
-        if experts and quantization:
-            raise ValueError(f"config.json: quantization_config: {NO_QUANTIZED_EXPERTS}")
         rope = _rope_of(config)
         rope_theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10_000.0
         eos = config.get("eos_token_id")

@@ -13,6 +13,7 @@ from flax import nnx
 from qjax import sharding
 from qjax.kernels.add_rms_norm import add_rms_norm
 from qjax.kernels.elementwise import rms_norm
+from qjax.kernels.grouped_matmul import grouped_matmul
 from qjax.kernels.small_matmul import small_matmul
 
 INIT_STDDEV = 0.02  # Hugging Face's initializer_range for Qwen
@@ -94,6 +95,23 @@ class Linear(nnx.Module):
         out_axes = ("parts", "tokens", *self.out_axes)
         on_devices = sharding.per_shard(on_device, in_axes=(("tokens", *inputs), self.axes), out_axes=(out_axes,))
         return on_devices(x, self.kernel[...])[0]
+
+
+class ExpertsLinear(nnx.Module):
+    """One projection of all experts: `kernel` [E, inputs, outputs], of gate and up together [E, inputs, 2, outputs].
+
+    `product` runs on a device, on its part of `weights`: rows [R, inputs] and the work list of `grouped_matmul`.
+    """
+
+    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+        self.axes = axes
+        self.kernel = parameter(shape, axes, dtype, rngs=rngs)
+
+    @property
+    def weights(self) -> tuple[tuple[nnx.Param, tuple[str, ...]], ...]:
+        return ((self.kernel, self.axes),)
+
+    product = staticmethod(grouped_matmul)
 
 
 class Embedding(nnx.Module):

@@ -1,6 +1,7 @@
 """The feed-forward of a mixture of experts: a router sends each token to a few of E SwiGLUs, whose outputs are added.
 
-Every expert's F is split over devices as a dense layer's is, so that each device has a part of all experts.
+Every expert's F is split over devices as a dense layer's is, so that each device has a part of all experts; or, with
+`expert_parallel`, each device has some experts whole.
 """
 
 import functools
@@ -12,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
-from qjax.kernels.grouped_matmul import group_rows, grouped_matmul
+from qjax.kernels.grouped_matmul import group_rows, tile_rows
 from qjax.models.config import ModelConfig
-from qjax.models.layers import Linear, matmul, parameter
+from qjax.models.layers import Linear, matmul
+from qjax.models.projection import experts_projection
 
 
 class RoutedBatch(Protocol):
@@ -32,10 +34,10 @@ class RoutedBatch(Protocol):
 class MoEFeedForward(nnx.Module):
     """Parameters have Hugging Face's names: `gate` is the router, `experts` has the weights of all experts."""
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, name: str, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         shape = (config.hidden_size, config.num_experts)
         self.gate = Linear(shape, ("embed", "experts"), dtype=dtype, rngs=rngs)
-        self.experts = Experts(config, dtype=dtype, rngs=rngs)
+        self.experts = Experts(config, f"{name}.experts", dtype=dtype, rngs=rngs)
         self.num_experts_per_tok = config.num_experts_per_tok
 
     def __call__(self, x: jax.Array, batch: RoutedBatch, cache: Any) -> tuple[jax.Array, Any]:
@@ -74,28 +76,36 @@ def weights_of(probs: jax.Array, experts: jax.Array, *, is_normalized: bool) -> 
 
 
 class Experts(nnx.Module):
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
+    def __init__(self, config: ModelConfig, name: str, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.norm_topk_prob = config.norm_topk_prob
-        self.axes = ("experts", "embed", "gate_up", "mlp"), ("experts", "mlp", "embed")
-        self.gate_up_proj = parameter((E, D, 2, F), self.axes[0], dtype, rngs=rngs)
-        self.down_proj = parameter((E, F, D), self.axes[1], dtype, rngs=rngs)
+        self.num_experts, self.norm_topk_prob = E, config.norm_topk_prob
+        self.split = ("split_experts", "whole_mlp") if config.expert_parallel else ("experts", "mlp")
+        experts, mlp = self.split
+        make = functools.partial(experts_projection, config, dtype=dtype, rngs=rngs)
+        self.gate_up_proj = make(f"{name}.gate_up_proj", (E, D, 2, F), (experts, "embed", "gate_up", mlp))
+        self.down_proj = make(f"{name}.down_proj", (E, F, D), (experts, mlp, "embed"))
 
     def __call__(self, x: jax.Array, probs: jax.Array, experts: jax.Array, implementation: str | None) -> jax.Array:
         """x [T, D], probs float32 [T, E], experts int32 [T, k] → [1, T, D]; an expert E is none."""
+        tile = tile_rows(experts.size, self.num_experts)
+        weights = (*self.gate_up_proj.weights, *self.down_proj.weights)
+        num_gate_up = len(self.gate_up_proj.weights)
 
-        def on_device(x, probs, experts, gate_up, down):
-            groups = group_rows(experts, gate_up.shape[0])
+        def on_device(x, probs, experts, *arrays):
+            gate_up, down = arrays[:num_gate_up], arrays[num_gate_up:]
+            own = arrays[0].shape[0]
+            groups = group_rows(experts - own * sharding.shard_index(self.split[0]), own, tile)  # drops all others
             rows = x.at[groups.source].get(mode="fill", fill_value=0)
-            hidden = grouped_matmul(rows, gate_up, groups.work, is_gated=True, implementation=implementation)
-            out = grouped_matmul(hidden, down, groups.work, implementation=implementation)
+            run = functools.partial(self.gate_up_proj.product, is_gated=True, implementation=implementation)
+            hidden = run(rows, *gate_up, groups.work)
+            out = self.down_proj.product(hidden, *down, groups.work, implementation=implementation)
             out = out.at[groups.position].get(mode="fill", fill_value=0)  # [T, k, D]
             weights = weights_of(probs, experts, is_normalized=self.norm_topk_prob)
             out = jnp.sum(out * weights[:, :, None], axis=1).astype(x.dtype)
-            return (sharding.sum_over(out, ("mlp",))[None],)
+            return (sharding.sum_over(out, self.split)[None],)
 
         tokens = sharding.token_axis(x)
         rows = (tokens, "embed")
-        in_axes = (rows, (tokens, "experts"), (tokens, "experts_of_token"), *self.axes)
+        in_axes = (rows, (tokens, "experts"), (tokens, "experts_of_token"), *(axes for _, axes in weights))
         on_devices = sharding.per_shard(on_device, in_axes=in_axes, out_axes=(("parts", *rows),))
-        return on_devices(x, probs, experts, self.gate_up_proj[...], self.down_proj[...])[0]
+        return on_devices(x, probs, experts, *(weight[...] for weight, _ in weights))[0]

@@ -16,9 +16,9 @@ from flax import nnx
 from qjax import sharding
 from qjax.kernels.elementwise import sum_parts
 from qjax.models.config import ModelConfig
-from qjax.models.layers import Embedding, Linear, RMSNorm, matmul
+from qjax.models.layers import Embedding, Linear, RMSNorm, matmul, parameter
 from qjax.models.moe import MoEFeedForward
-from qjax.models.quantized import projection
+from qjax.models.projection import projection
 from qjax.models.rope import rope_angles
 
 type QKNorms = tuple[jax.Array, jax.Array]  # weights [H] of the queries' and the keys' RMSNorm
@@ -40,8 +40,17 @@ class AttendingBatch(Protocol):
     implementation: ClassVar[str | None]  # of kernels outside attention; "reference" has gradients
 
     def attend(
-        self, parts: jax.Array, norms: QKNorms | None, eps: float, rope: Rope, cache: Any, layer: jax.Array | int
-    ) -> tuple[jax.Array, Any]: ...  # parts [N, T, K, G + 2, H] → [T, K, G, H], cache
+        self,
+        parts: jax.Array,  # [N, T, K, G + 2, H]
+        norms: QKNorms | None,
+        eps: float,
+        rope: Rope,
+        cache: Any,
+        layer: jax.Array | int,
+        *,
+        dtype: jnp.dtype,  # of the result
+        kv_scales: jax.Array | None,  # float32 [2, K] of an FP8 cache
+    ) -> tuple[jax.Array, Any]: ...  # [T, K, G, H], cache
 
     def after_routing(self, probs: jax.Array, experts: jax.Array, cache: Any) -> Any: ...  # [T, E], [T, k] → cache
 
@@ -65,21 +74,7 @@ class Qwen3ForCausalLM(nnx.Module):
         tensor_parallel_size: int = 1,
         rngs: nnx.Rngs | None = None,
     ):
-        sizes = {"vocab_size": config.vocab_size}
-        if config.num_sparse_layers < config.num_hidden_layers:
-            sizes["intermediate_size"] = config.intermediate_size
-        if config.num_sparse_layers:
-            sizes["moe_intermediate_size"] = config.moe_intermediate_size
-        sharding.check_split(tensor_parallel_size, **sizes)
-        if config.quantization is not None:
-            config.quantization.check_sizes(
-                tensor_parallel_size,
-                head_dim=config.head_dim,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                hidden_size=config.hidden_size,
-                intermediate_size=config.intermediate_size,
-            )
+        sharding.check_split(tensor_parallel_size, **config.sizes_to_split(tensor_parallel_size))
         heads = sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tensor_parallel_size)
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
@@ -124,7 +119,7 @@ class DecoderLayer(nnx.Module):
         self.self_attn = Attention(config, f"{name}.self_attn", heads, dtype=dtype, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(size, "embed", eps, dtype=dtype)
         self.mlp = (
-            MoEFeedForward(config, dtype=dtype, rngs=rngs)
+            MoEFeedForward(config, f"{name}.mlp", dtype=dtype, rngs=rngs)
             if config.is_sparse(index)
             else FeedForward(config, f"{name}.mlp", dtype=dtype, rngs=rngs)
         )
@@ -172,6 +167,8 @@ class Attention(nnx.Module):
             dtype=dtype,
             rngs=rngs,
         )
+        axes = sharding.KV_SCALES_AXES
+        self.kv_scales = parameter((2, K), axes, jnp.float32, rngs=None, init=1.0) if config.kv_scales else None
         self.q_norm = RMSNorm(H, "head_dim", config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(H, "head_dim", config.rms_norm_eps, dtype=dtype) if config.qk_norm else None
 
@@ -182,7 +179,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             norms, eps = (self.q_norm.weight[...], self.k_norm.weight[...]), self.q_norm.eps
         qkv = self.qkv_proj.parts(x, batch.implementation)
-        out, cache = batch.attend(qkv, norms, eps, rope, cache, layer)  # [T, K, G, H]
+        scales = None if self.kv_scales is None else self.kv_scales[...]
+        out, cache = batch.attend(qkv, norms, eps, rope, cache, layer, dtype=x.dtype, kv_scales=scales)  # [T, K, G, H]
         return self.o_proj.parts(out, batch.implementation), cache
 
 

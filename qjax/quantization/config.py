@@ -99,6 +99,8 @@ class Quantization:
           ValueError: a fused module is so in part.
         """
         owner, _, name = module.rpartition(".")
+        if owner.endswith(".experts") and self._is_skipped(owner):
+            return False
         parts = [f"{owner}.{part}" for part in FUSED.get(name, (name,))]
         skipped = [part for part in parts if self._is_skipped(part)]
         if skipped and len(skipped) < len(parts):
@@ -121,9 +123,13 @@ class Quantization:
         num_attention_heads: int,
         num_key_value_heads: int,
         hidden_size: int,
-        intermediate_size: int,
+        intermediate_size: int | None = None,
     ) -> None:
-        """Raises ValueError naming the first size that is not made of whole groups, on each of `tp` devices."""
+        """Raises ValueError naming the first size that is not made of whole groups, on each of `tp` devices.
+
+        Args:
+          intermediate_size: None: no layer is dense.
+        """
         sizes = {"hidden_size": hidden_size, "num_attention_heads * head_dim": num_attention_heads * head_dim}
         sizes["num_key_value_heads * head_dim"] = num_key_value_heads * head_dim
         for name, size, multiple in (("head_dim", head_dim, HALF), *((n, sizes[n], GROUP) for n in sizes)):
@@ -137,17 +143,23 @@ class Quantization:
                 f"head_dim={head_dim} is no multiple of {GROUP}: a group of weights that share a scale ({self.method}) "
                 f"is of two heads, which tensor_parallel_size={tp} would split. Set --tensor-parallel-size 1."
             )
+        if intermediate_size is not None:
+            self.check_split("intermediate_size", intermediate_size, tp)
+
+    def check_split(self, name: str, size: int, tp: int) -> None:
+        """`check_sizes` of the size of a feed-forward."""
         if self.method == "fp8":  # the blocks of its scales are cut at the devices' ends
-            if intermediate_size % GROUP or intermediate_size // tp % MIN_BLOCK:
+            if size % GROUP or size // tp % MIN_BLOCK:
                 raise ValueError(
-                    f"intermediate_size={intermediate_size} is no multiple of {GROUP}, or split by "
+                    f"{name}={size} is no multiple of {GROUP}, or split by "
                     f"tensor_parallel_size={tp} no multiple of {MIN_BLOCK}: a block of weights that share a scale "
-                    "cannot be cut so (fp8). Lower --tensor-parallel-size."
+                    f"cannot be cut so (fp8). Lower --tensor-parallel-size{_or_else(name)}."
                 )
-        elif intermediate_size % (GROUP * tp):
+        elif size % (GROUP * tp):
             raise ValueError(
-                f"intermediate_size={intermediate_size} is no multiple of {GROUP} × tensor_parallel_size={tp}: a group "
-                f"of weights that share a scale ({self.method}) cannot be split. Lower --tensor-parallel-size."
+                f"{name}={size} is no multiple of {GROUP} × tensor_parallel_size={tp}: a group "
+                f"of weights that share a scale ({self.method}) cannot be split. Lower --tensor-parallel-size"
+                f"{_or_else(name)}."
             )
 
     def num_bytes(self, num_weights: int) -> int:
@@ -163,3 +175,7 @@ class Quantization:
         return any(
             dotted.startswith(f".{name}.") or dotted.endswith(f".{name}.") for name in self.modules_to_not_convert
         )
+
+
+def _or_else(size: str) -> str:
+    return ", or set --enable-expert-parallel" if size == "moe_intermediate_size" else ""

@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from qjax import sharding
-from qjax.checkpoint.names import contiguous, leaf_of
+from qjax.checkpoint.leaf import contiguous
+from qjax.checkpoint.names import leaf_of
 from qjax.checkpoint.safetensors import INDEX_NAME, SINGLE_NAME
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import abstract_model

@@ -148,7 +148,7 @@ def test_the_host_never_holds_more_than_a_few_parts(tmp_path, monkeypatch):
 def test_each_device_reads_only_its_part_of_every_expert(tmp_path, tp, monkeypatch):
     tensors = write_checkpoint(tmp_path, **MOE)
     read = dict.fromkeys(tensors, 0)  # bytes
-    transpose_into = names._transpose_into
+    transpose_into = names.transpose_into
 
     def counted(out, matrix):
         name = next(name for name, tensor in opened.items() if np.shares_memory(tensor, matrix))
@@ -157,11 +157,11 @@ def test_each_device_reads_only_its_part_of_every_expert(tmp_path, tp, monkeypat
 
     opened = safetensors.open_folder(tmp_path)
     monkeypatch.setattr(safetensors, "open_folder", lambda folder: opened)
-    monkeypatch.setattr(names, "_transpose_into", counted)
+    monkeypatch.setattr(names, "transpose_into", counted)
     leaves = by_path(tmp_path, sharding.make_mesh(tp), "bfloat16")
     experts = {name: tensor for name, tensor in tensors.items() if ".experts." in name}
     assert len(experts) == 2 * 8 * 3 and all(read[name] == tensor.nbytes for name, tensor in experts.items())
-    gate_up, down = (leaves[f"layers.1.mlp.experts.{name}_proj"] for name in ("gate_up", "down"))
+    gate_up, down = (leaves[f"layers.1.mlp.experts.{name}_proj.kernel"] for name in ("gate_up", "down"))
     parts = [shard.data for shard in gate_up.addressable_shards]
     assert {part.shape for part in parts} == {(8, 64, 2, 32 // tp)}
     whole, owner = np.concatenate(parts, axis=3), "model.layers.1.mlp.experts.5"

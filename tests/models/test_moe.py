@@ -58,7 +58,7 @@ def test_which_layers_are_sparse():
     assert [config.is_sparse(layer) for layer in range(4)] == [False, True, False, False]
     paths = abstract_model(config, "float32", mesh_of(1))[0].paths
     assert [path for path in paths if ".experts." in path] == [
-        *("layers.1.mlp.experts.down_proj", "layers.1.mlp.experts.gate_up_proj"),
+        *("layers.1.mlp.experts.down_proj.kernel", "layers.1.mlp.experts.gate_up_proj.kernel"),
     ]
     assert config_of("moe_sparse").num_sparse_layers == 2
 
@@ -98,7 +98,7 @@ def test_tensor_parallel_gives_the_same_logits(name, tp):
     np.testing.assert_allclose(stepper.run({}, {0: ids}), expected, rtol=0, atol=TOLERANCE["transformers, float32"])
     leaves = dict(zip(stepper.modeldef.paths, stepper.leaves, strict=True))
     experts, F = "layers.1.mlp.experts", stepper.config.moe_intermediate_size
-    for path, axis in ((f"{experts}.gate_up_proj", 3), (f"{experts}.down_proj", 1)):
+    for path, axis in ((f"{experts}.gate_up_proj.kernel", 3), (f"{experts}.down_proj.kernel", 1)):
         assert {shard.data.shape[axis] for shard in leaves[path].addressable_shards} == {F // tp}
 
 
@@ -181,8 +181,8 @@ def test_sizes_of_the_published_models():
     assert round(larger.num_params / 1e9) == 235 and round(larger.num_active_params / 1e9) == 22
     modeldef, leaves = abstract_model(ModelConfig.from_hf(LARGE | {"num_hidden_layers": 1}), "bfloat16", mesh_of(4))
     shapes = {path: leaf.sharding.shard_shape(leaf.shape) for path, leaf in zip(modeldef.paths, leaves, strict=True)}
-    assert shapes["layers.0.mlp.experts.gate_up_proj"] == (128, 2048, 2, 192)
-    assert shapes["layers.0.mlp.experts.down_proj"] == (128, 192, 2048)
+    assert shapes["layers.0.mlp.experts.gate_up_proj.kernel"] == (128, 2048, 2, 192)
+    assert shapes["layers.0.mlp.experts.down_proj.kernel"] == (128, 192, 2048)
     assert shapes["layers.0.mlp.gate.kernel"] == (2048, 128)
 
 
@@ -198,9 +198,6 @@ def test_both_names_of_the_number_of_experts(key):
     assert ModelConfig.from_hf(hf | {key: 64}).num_experts == 64
 
 
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -209,17 +206,11 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size
         ({"num_experts_per_tok": 0}, "num_experts_per_tok must be a whole number above 0, got 0"),
         ({"num_experts_per_tok": 129}, "num_experts_per_tok=129 is more than num_experts=128"),
         ({"decoder_sparse_step": -1}, "decoder_sparse_step must be a whole number above 0"),
-        ({"quantization_config": FP8}, "quantised experts (FP8, AWQ, GPTQ) is not supported yet"),
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ModelConfig.from_hf(LARGE | changes)
-
-
-def test_quantising_while_loading_is_refused():
-    with pytest.raises(ValueError, match=r"quantization='fp8': a mixture of experts .* not supported yet"):
-        ModelConfig.from_hf(LARGE).with_quantization("fp8")
 
 
 def test_experts_that_do_not_split_are_refused_by_name():

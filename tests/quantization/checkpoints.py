@@ -51,7 +51,7 @@ def write_pair(folder: Path, method: str, skip: tuple[str, ...] = (), **config: 
     """A random model's folder quantised, and another with the numbers of the first in float32.
 
     Args:
-      skip: modules that stay as they are (`modules_to_not_convert`).
+      skip: modules, or what they lie in, that stay as they are (`modules_to_not_convert`).
     """
     plain, quantised = folder / "plain", folder / method
     tensors = write_checkpoint(plain, dtype=np.float32, **(CONFIG | config))
@@ -59,7 +59,7 @@ def write_pair(folder: Path, method: str, skip: tuple[str, ...] = (), **config: 
     stored: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         module = name.removesuffix(".weight")
-        if not module.endswith("_proj") or module in skip:
+        if not module.endswith("_proj") or any(f"{module}.".startswith(f"{name}.") for name in skip):
             stored[name] = tensor
             continue
         parts, tensors[name] = QUANTIZE[method](0.4 * tensor)

@@ -10,9 +10,9 @@ from qjax.checkpoint.names import leaf_of
 from qjax.checkpoint.safetensors import load_params, open_folder
 from qjax.kernels.fp8_matmul.reference import dequantize as dequantize_fp8
 from qjax.kernels.fp8_matmul.reference import fp8_product
-from qjax.models import quantized
+from qjax.models import fp8
+from qjax.models.fp8 import FP8Linear
 from qjax.models.layers import Linear
-from qjax.models.quantized import FP8Linear
 from qjax.models.qwen3 import abstract_model, merge
 from tests.models.stepper import mesh_of
 from tests.quantization.checkpoints import write_pair
@@ -89,7 +89,7 @@ def test_parts_of_the_kernel_are_summed(monkeypatch, tp: int, num_parts: int, us
         total = fp8_product(x, w, scale)
         return total[None].astype(x.dtype) if num_parts == 1 else jnp.stack([total / num_parts] * num_parts)
 
-    monkeypatch.setattr(quantized, "fp8_matmul", in_parts)
+    monkeypatch.setattr(fp8, "fp8_matmul", in_parts)
     for shape, axes, num_inputs in (
         ((256, 2, 384), ("embed", "gate_up", "mlp"), 1),
         ((2, 2, 128, 256), ("kv_heads", "heads_of_kv", "head_dim", "embed"), 3),

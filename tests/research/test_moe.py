@@ -81,7 +81,7 @@ def test_adapters_of_attention_only():
         make("moe_sparse", counting_corpus(), lora={"rank": 2})
     lora = {"rank": 2, "target_modules": ["q_proj", "v_proj", "o_proj"]}
     trainer = make("moe_sparse", counting_corpus(), lora=lora, num_steps=6, learning_rate=1e-2)
-    experts = trainer.modeldef.paths.index("layers.0.mlp.experts.gate_up_proj")
+    experts = trainer.modeldef.paths.index("layers.0.mlp.experts.gate_up_proj.kernel")
     before = np.asarray(trainer.frozen[experts])
     trainer.train()
     assert np.array_equal(trainer.params[experts], before)
