@@ -1,6 +1,6 @@
 """`Tokenizer`: text to token ids and back, a token's bytes, and the chat template. No jax, no model.
 
-Wraps transformers' AutoTokenizer, imported only when a tokenizer is loaded (the import costs a second). Messages are
+Wraps transformers' tokenizers, imported only when one is loaded (the import costs a second). Messages are
 brought into the template's form by `messages`; a growing answer is decoded by `detokenizer`.
 """
 
@@ -52,7 +52,7 @@ class Tokenizer:
         if not has_files:
             raise ValueError(f"{folder} holds no tokenizer. {hint}")
         try:
-            hf_tokenizer = _auto_tokenizer().from_pretrained(folder, local_files_only=True)
+            hf_tokenizer = _tokenizer_class(folder).from_pretrained(folder, local_files_only=True)
         except Exception as error:  # whatever a broken file makes transformers raise
             raise ValueError(f"the tokenizer in {folder} cannot be read: {error}. {hint}") from error
         if not getattr(hf_tokenizer, "is_fast", False):
@@ -175,8 +175,12 @@ class _SpellingTokenizer:
         return self._plain.encode(text, add_special_tokens=False).ids
 
 
-def _auto_tokenizer() -> Any:
-    """transformers' AutoTokenizer, without its remark that PyTorch is missing: this project does not use it."""
+def _tokenizer_class(folder: Path) -> Any:
+    """transformers' class for what tokenizer.json says, else AutoTokenizer, which makes a tokenizer from older files.
+
+    AutoTokenizer imports PyTorch where it is installed, which takes ten seconds and more. Where it is not, its remark
+    about that is left out: this project does not use it.
+    """
     logger = logging.getLogger("transformers")
 
     def is_wanted(record: logging.LogRecord) -> bool:
@@ -184,10 +188,15 @@ def _auto_tokenizer() -> Any:
 
     logger.addFilter(is_wanted)
     try:
+        if (folder / "tokenizer.json").is_file():
+            from transformers import PreTrainedTokenizerFast
+
+            return PreTrainedTokenizerFast
         from transformers import AutoTokenizer
+
+        return AutoTokenizer
     finally:
         logger.removeFilter(is_wanted)
-    return AutoTokenizer
 
 
 def _byte_table(vocab: dict[str, int], added: dict[int, str]) -> list[bytes]:
