@@ -139,6 +139,11 @@ class EngineConfig:
         parse=parse_bytes,
         metavar="BYTES",
     )
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3"] = option(
+        "auto",
+        "fp8 (e4m3, with the checkpoint's k_scale and v_scale): twice the tokens in the same memory; auto: as dtype",
+        group="Memory",
+    )
     block_size: int | None = option(
         None, "Tokens in a KV page: 16, 32, 64 or 128 [GPU 64, CPU 16]", group="Memory", metavar="TOKENS"
     )
@@ -224,6 +229,15 @@ class ServerConfig:
         group="Server",
         metavar="SECONDS",
     )
+    log_format: Literal["text", "json"] = option(
+        "text", "Lines of the log: text, or JSON objects with the id of the request", group="Server"
+    )
+    disable_uvicorn_access_log: bool = option(
+        False, "Write no line for each request (vLLM's name; there is no uvicorn)", group="Server"
+    )
+    disable_access_log_for_endpoints: list[str] = option(
+        [], "Paths whose requests get no line, such as /health /metrics", group="Server", metavar="PATH"
+    )
     server_dev_mode: bool = option(
         False, "Serve /sleep, /wake_up, /is_sleeping, and /abort_requests for all requests at once", group="Server"
     )
@@ -245,6 +259,12 @@ class ServerConfig:
     max_num_queued_reqs: int | None = option(
         None, "Requests that may wait for a place; more are answered with 503 [no limit]", group="HTTP"
     )
+    send_timeout: float = option(
+        60.0,
+        "Seconds that a client may leave its answer unread before it is dropped; 0: never",
+        group="HTTP",
+        metavar="SECONDS",
+    )
     max_body_size: int = option(
         32 * 2**20, "Largest body of a request [32MiB]", group="HTTP", parse=parse_bytes, metavar="BYTES"
     )
@@ -259,13 +279,16 @@ class ServerConfig:
             object.__setattr__(self, "reasoning_parser", "none")
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65535], got {self.port}.")
-        for name, least in (("shutdown_timeout", 0), ("watchdog_timeout", 0), ("max_header_count", 1)):
+        timeouts = ("shutdown_timeout", "watchdog_timeout", "send_timeout")
+        for name, least in (*((name, 0) for name in timeouts), ("max_header_count", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 0:
             raise ValueError(f"max_num_queued_reqs must be at least 0, got {self.max_num_queued_reqs}.")
         if self.root_path and not re.fullmatch(r"(/[\w.~-]+)+", self.root_path):
             raise ValueError(f"root_path must begin with / and not end with it, such as /qjax, got {self.root_path!r}.")
+        if wrong := [path for path in self.disable_access_log_for_endpoints if not path.startswith("/")]:
+            raise ValueError(f"disable_access_log_for_endpoints must be paths such as /health, got {wrong[0]!r}.")
         if self.ssl_cert_reqs not in (0, 1, 2):
             raise ValueError(f"ssl_cert_reqs must be 0, 1 or 2, got {self.ssl_cert_reqs}.")
         if bool(self.ssl_keyfile) != bool(self.ssl_certfile):

@@ -115,4 +115,5 @@ class PoolingRequestOutput[T: (EmbeddingOutput, ScoringOutput)]:
     outputs: T | None = None
     num_cached_tokens: int = 0  # prompt tokens taken from the prefix cache
     finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
     finished: bool = True

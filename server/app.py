@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from qjax.config import ServerConfig
+from qjax.server.access_log import access_log_middleware
 from qjax.server.admin import AbortRequest, SleepQuery, WakeUpQuery, abort_requests, is_sleeping, sleep, wake_up
 from qjax.server.answer_schemas import (
     ABORTED,
@@ -97,7 +98,9 @@ def make_app(state: ServerState) -> web.Application:
     routes = ROUTES + PAGE_ROUTES if config.enable_chat_page else ROUTES
     prefixes = {"", config.root_path}  # a proxy may have cut its prefix off, or not
     open_paths = {prefix + route.path for prefix in prefixes for route in routes if route.is_open}
-    app = web.Application(middlewares=[error_middleware], client_max_size=config.max_body_size)
+    app = web.Application(
+        middlewares=[access_log_middleware(config), error_middleware], client_max_size=config.max_body_size
+    )
     app[STATE] = state
     described = [route for route in ROUTES if config.server_dev_mode or not route.is_dev]
     app[OPENAPI] = describe(described, config.root_path, bool(api_keys(config)))

@@ -18,6 +18,8 @@ log = logging.getLogger("qjax.server")
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+FAILURE: web.RequestKey[str] = web.RequestKey("failure", str)  # what the client was told, for the log
+
 TYPES = {
     400: "BadRequestError",
     401: "AuthenticationError",
@@ -83,6 +85,17 @@ def unavailable(message: str) -> ApiError:
     return ApiError(503, message, headers={"Retry-After": RETRY_AFTER_SECONDS})
 
 
+def engine_failed() -> ApiError:
+    return ApiError(500, "The engine has failed; the server is about to stop.")
+
+
+def could_not_compute(is_temporary: bool) -> ApiError:
+    """The engine ended a request with an error; temporary: a step failed, which need not be the request's fault."""
+    if is_temporary:
+        return unavailable("A step of the model failed, and the request with it. Please send it again.")
+    return ApiError(500, "The engine could not compute this request; the server's log has more.")
+
+
 def internal_error(error: BaseException) -> ApiError:
     """A fault of the server or the engine. Details go to the log only: they may hold paths or addresses."""
     log.error("a request failed: %s", error, exc_info=error)
@@ -104,7 +117,9 @@ async def error_middleware(request: web.Request, handler: Handler) -> web.Stream
     try:
         return await handler(request)
     except Exception as error:
-        return as_api_error(request, error).response()
+        api_error = as_api_error(request, error)
+        request[FAILURE] = str(api_error)
+        return api_error.response()
 
 
 def as_api_error(request: web.Request, error: Exception) -> ApiError:

@@ -9,9 +9,19 @@ from typing import Any, cast
 
 from aiohttp import web
 
-from qjax.outputs import RequestOutput
+from qjax.outputs import STEP_FAILED, RequestOutput
 from qjax.sampling_params import SamplingParams
-from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error, shorten, unavailable
+from qjax.server import access_log
+from qjax.server.errors import (
+    ApiError,
+    bad_request,
+    could_not_compute,
+    engine_failed,
+    from_value_error,
+    internal_error,
+    shorten,
+    unavailable,
+)
 from qjax.server.protocol import PARAM_NAMES, GenerationRequest
 from qjax.server.request_id import request_id_of
 from qjax.server.state import ServerState
@@ -147,25 +157,27 @@ async def _deltas(
         prompt.token_ids, params, request_id, priority=body.priority, cache_salt=body.cache_salt
     )
     closing = contextlib.aclosing(cast(AsyncGenerator[RequestOutput, None], stream))
-    is_first = True
+    is_first, record = True, access_log.current()
     with state.engine_request(request_id, answer_id):
         async with closing:
             try:
                 async for output in stream:
                     is_first = False
-                    if any(delta.finish_reason == "error" for delta in output.outputs):
-                        raise ApiError(500, "The engine could not compute this request; the server's log has more.")
+                    record.add(output)
+                    if failed := [delta for delta in output.outputs if delta.finish_reason == "error"]:
+                        raise could_not_compute(failed[0].stop_reason == STEP_FAILED)
                     yield output
-            except ApiError:
+            except ApiError as error:
+                record.error = str(error)
                 raise
             except ValueError as error:
                 if state.engine.is_sleeping:  # since the request came in
                     raise unavailable("The engine sleeps: POST /wake_up wakes it.") from error
                 raise (from_value_error(error, PARAM_NAMES) if is_first else internal_error(error)) from error
             except Exception as error:
-                if state.engine.phase == "failed":
-                    raise ApiError(500, "The engine has failed; the server is about to stop.") from error
-                raise internal_error(error) from error
+                failure = engine_failed() if state.engine.phase == "failed" else internal_error(error)
+                record.error = str(failure)
+                raise failure from error
 
 
 async def _merge(streams: list[AsyncGenerator[RequestOutput, None]]) -> Outputs:

@@ -1,6 +1,12 @@
 """The socket: where the server listens, with or without TLS, and how requests that are no HTTP are refused."""
 
+import asyncio
+import contextlib
+import fcntl
+import logging
 import ssl
+import struct
+import termios
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +15,11 @@ from aiohttp.http_exceptions import LineTooLong
 from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 
 from qjax.config import ServerConfig
+from qjax.server import access_log
 from qjax.server.errors import ApiError, internal_error
 from qjax.server.request_id import HEADER, request_id_of
+
+log = logging.getLogger("qjax.server")
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ def make_runner(app: web.Application, config: ServerConfig) -> web.AppRunner:
         handler_cancellation=True,  # a client that goes away ends its request
         access_log=None,
         shutdown_timeout=1.0,  # by then the lifecycle has given requests their time
+        send_timeout=config.send_timeout,
         max_line_size=config.max_header_size,
         max_field_size=config.max_header_size,
         max_headers=config.max_header_count,
@@ -93,25 +103,85 @@ def ssl_context(config: ServerConfig) -> ssl.SSLContext | None:
 
 
 class Runner(web.AppRunner):
-    """aiohttp's, but what its HTTP parser refuses gets OpenAI's error object too."""
+    """aiohttp's, but what its HTTP parser refuses gets OpenAI's error object too, and who does not read is dropped.
+
+    Args:
+      send_timeout: seconds; 0: never.
+    """
+
+    def __init__(self, app: web.Application, *, send_timeout: float, **options: Any):
+        super().__init__(app, **options)
+        self._send_timeout = send_timeout
 
     async def _make_server(self) -> web.Server:
         made = await super()._make_server()
-        return _Server(
+        server = _Server(
             made.request_handler,
             request_factory=made.request_factory,
             handler_cancellation=made.handler_cancellation,
             **made._kwargs,
         )
+        server.send_timeout = self._send_timeout
+        return server
 
 
 class _Server(web.Server):
+    send_timeout: float
+
     def __call__(self) -> RequestHandler:
-        return _Protocol(self, loop=self._loop, **self._kwargs)
+        return _Protocol(self, self.send_timeout, loop=self._loop, **self._kwargs)
 
 
 class _Protocol(RequestHandler):
-    __slots__ = ()
+    """A connection. Its transport calls `pause_writing` when much is unsent, and `resume_writing` when little is."""
+
+    __slots__ = ("_drop_timer", "_num_unread", "_send_timeout")
+
+    def __init__(self, server: _Server, send_timeout: float, **options: Any):
+        super().__init__(server, **options)
+        self._send_timeout = send_timeout
+        self._drop_timer: asyncio.TimerHandle | None = None
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._watch_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._keep()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._keep()
+        super().connection_lost(exc)
+
+    def _keep(self) -> None:
+        if self._drop_timer is not None:
+            self._drop_timer.cancel()
+            self._drop_timer = None
+
+    def _watch_reader(self) -> None:
+        if self._send_timeout:
+            self._num_unread = self._unread()
+            self._drop_timer = self._loop.call_later(self._send_timeout, self._check_reader)
+
+    def _unread(self) -> int:
+        """Bytes that the client's machine has not taken: of the transport, and of the kernel, whose buffer has MiBs."""
+        if self.transport is None:
+            return 0
+        num_kernel, sock = 0, self.transport.get_extra_info("socket")
+        with contextlib.suppress(OSError):
+            (num_kernel,) = struct.unpack("i", fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, bytes(4)))
+        return self.transport.get_write_buffer_size() + num_kernel
+
+    def _check_reader(self) -> None:
+        """Drops who has read nothing: without a word, as nobody would read it. What it asked for ends with it."""
+        if self._unread() < self._num_unread:
+            return self._watch_reader()
+        message = f"the client read nothing for {self._send_timeout:g} s, so it was dropped"
+        access_log.current().error = message
+        log.warning("%s", message)
+        if self.transport is not None:
+            self.transport.abort()
 
     def handle_error(
         self,

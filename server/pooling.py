@@ -8,10 +8,18 @@ from typing import Any, ClassVar
 
 from aiohttp import web
 
-from qjax.outputs import PoolingRequestOutput
+from qjax.outputs import STEP_FAILED, PoolingRequestOutput
 from qjax.pooling_params import PoolingParams
+from qjax.server import access_log
 from qjax.server.answers import usage
-from qjax.server.errors import ApiError, bad_request, from_value_error, internal_error, unavailable
+from qjax.server.errors import (
+    bad_request,
+    could_not_compute,
+    engine_failed,
+    from_value_error,
+    internal_error,
+    unavailable,
+)
 from qjax.server.generation import LONG_TEXT
 from qjax.server.protocol import CACHE_SALT, PARAM_NAMES, check_request_id
 from qjax.server.schema import Refused, body_field
@@ -134,13 +142,12 @@ async def _one(
         except ValueError as error:
             raise from_value_error(error, NAMES) from error
         except Exception as error:
-            if state.engine.phase == "failed":
-                raise ApiError(500, "The engine has failed; the server is about to stop.") from error
-            raise internal_error(error) from error
+            raise (engine_failed() if state.engine.phase == "failed" else internal_error(error)) from error
     if output.finish_reason == "abort":
         raise unavailable("The server has ended the request.")
     if output.outputs is None:
-        raise ApiError(500, "The engine could not compute this request; the server's log has more.")
+        raise could_not_compute(output.stop_reason == STEP_FAILED)
+    access_log.current().add_prompt(len(token_ids), output.num_cached_tokens)
     return output
 
 

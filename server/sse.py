@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import ClientConnectionResetError, web
 
+from qjax.server import access_log
 from qjax.server.errors import ApiError, internal_error
 
 DONE = b"data: [DONE]\n\n"
@@ -52,13 +53,15 @@ async def stream(
                 **headers,
             }
         )
-        with contextlib.suppress(ClientConnectionResetError):  # the client has gone; the request ends with us
+        try:
             await response.prepare(request)
             await response.write(encode(first))
             await _send_rest(response, chunks, encode)
             if end:
                 await response.write(end)
             await response.write_eof()
+        except ClientConnectionResetError:  # the client has gone; the request ends with us
+            access_log.current().is_gone = True
     return response
 
 

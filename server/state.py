@@ -15,7 +15,7 @@ from qjax.config import ServerConfig
 from qjax.outputs import PoolingRequestOutput, RequestOutput
 from qjax.pooling_params import PoolingParams
 from qjax.sampling_params import SamplingParams
-from qjax.server.errors import ApiError, bad_request, unavailable
+from qjax.server.errors import ApiError, bad_request, engine_failed, unavailable
 from qjax.text.tokenizer import Tokenizer
 
 log = logging.getLogger("qjax.server")
@@ -132,7 +132,7 @@ class ServerState:
     def check_ready(self) -> None:
         """Raises ApiError 503 unless requests can be served now, 500 if the engine has failed."""
         if self.engine.phase == "failed":
-            raise ApiError(500, "The engine has failed; the server is about to stop.")
+            raise engine_failed()
         if self.is_stopping:
             raise unavailable("The server is stopping and takes no new requests.")
         if not self.is_ready:

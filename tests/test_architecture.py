@@ -19,6 +19,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "qjax.sampling_params": (),
     "qjax.pooling_params": (),
     "qjax.outputs": (),
+    "qjax.logs": (),
     "qjax.kernels": (),
     "qjax.sharding": (),
     "qjax.quantization.config": (),
@@ -41,13 +42,19 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *("qjax.llm", "qjax.models", "qjax.models.config", "qjax.checkpoint", "qjax.kernels", "qjax.sharding"),
         *("qjax.text", *OPTIONS),
     ),
-    "qjax.server": ("qjax", "qjax.engine", "qjax.text", *OPTIONS),  # of the engine only what SERVER_MAY_USE says
+    "qjax.server": (
+        "qjax",
+        "qjax.engine",
+        "qjax.text",
+        "qjax.logs",
+        *OPTIONS,
+    ),  # of the engine only what SERVER_MAY_USE says
     "qjax.terminal": ("qjax.engine", "qjax.checkpoint", "qjax.models.config", "qjax.text", *OPTIONS),
     "qjax.collect_env": (),
     "qjax.bench": ("qjax.llm", "qjax.checkpoint", "qjax.text", *OPTIONS),
     "qjax.cli": (
         *("qjax", "qjax.terminal", "qjax.server", "qjax.llm", "qjax.research", "qjax.bench", "qjax.checkpoint"),
-        *("qjax.collect_env", *OPTIONS),
+        *("qjax.collect_env", "qjax.logs", *OPTIONS),
     ),
     "qjax.__main__": ("qjax.cli",),
     "qjax": ("qjax.llm", *OPTIONS),  # the package itself: names for users, loaded lazily

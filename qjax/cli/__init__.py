@@ -95,15 +95,15 @@ def _run(argv: list[str]) -> int:
         parser.error("no command given")
     if unknown:
         refuse_unknown(args.parser, next((u for u in unknown if u.startswith("-")), unknown[0]))
-    _start_logging("%(asctime)s %(levelname)s %(message)s" if args.command == "serve" else "%(message)s")
+    _start_logging()
     return args.run(args) or 0
 
 
-def _start_logging(form: str) -> None:
+def _start_logging() -> None:
     # XLA's own warnings (of the compiler's estimates) are for its developers. Read when jaxlib is imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     level = os.environ.get("QJAX_LOG_LEVEL", "info").upper()
     if level not in ("DEBUG", "INFO", "WARNING", "ERROR"):
         raise ValueError(f"QJAX_LOG_LEVEL must be debug, info, warning or error, got {level.lower()!r}.")
-    logging.basicConfig(level="WARNING", format=form)  # of other packages: some log a line for each request
+    logging.basicConfig(level="WARNING", format="%(message)s")  # of other packages: some log a line for each request
     logging.getLogger("qjax").setLevel(level)

@@ -40,8 +40,10 @@ def add_serve(commands: Any) -> None:
 
 def _serve(args: argparse.Namespace) -> int | None:
     config, server_config = read_engine_config(args), read_config(ServerConfig, args)
+    from qjax import logs
     from qjax.server import lifecycle
 
+    logs.set_format(server_config.log_format)
     return lifecycle.run(config, server_config)
 
 

@@ -179,6 +179,7 @@ class PoolingEngine(Engine):
             outputs=None if hidden is None else self._result(hidden, params),
             num_cached_tokens=request.num_cached_tokens,
             finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
         )
 
     def _result(self, hidden: np.ndarray, params: PoolingParams) -> EmbeddingOutput | ScoringOutput:

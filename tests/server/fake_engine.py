@@ -55,6 +55,7 @@ class FakeEngine:
         self.ends: dict[str, str] = {}
         self.fail_after: int | None = None  # tokens until the engine dies
         self.error_after: int | None = None  # tokens until a request ends with "error"
+        self.error_stop_reason: str | None = None
         self.start_error: Exception | None = None
         self.go_on = asyncio.Event()  # start-up waits for it in each phase
         self.num_tokens = 0  # written so far, of all requests
@@ -179,7 +180,7 @@ class FakeEngine:
                 if aborted.is_set():
                     reason = "abort"
                 elif self.error_after is not None and step > self.error_after:
-                    reason = "error"
+                    reason, stop = "error", self.error_stop_reason
                 else:
                     token = waiting[index].pop(0)
                     tokens = [token]
