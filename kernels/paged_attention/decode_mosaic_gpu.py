@@ -228,7 +228,7 @@ def _splits(q, kv, page_table, items, scales, *, G, num_rows, layer, scale, out_
         @pl.when(warpgroup == 1)
         def _fetch():
             def handle(turn, done, item, head, seq, first, count, length):
-                del item, length
+                del item
                 q_slot = lax.rem(turn, jnp.int32(2))
                 plgpu.barrier_wait(q_empty.at[q_slot])
                 first_row = pl.multiple_of(lax.div((seq * K + head) * stride, jnp.int32(8)) * 8, 8)
@@ -238,7 +238,7 @@ def _splits(q, kv, page_table, items, scales, *, G, num_rows, layer, scale, out_
                     slot = lax.rem(done + i, jnp.int32(num_stages))
                     slices = page_slices(table_ref, seq, first + i, TILE, S)
                     plgpu.barrier_wait(kv_empty.at[slot])
-                    where = {"num_pages": P, "head": head, "num_heads": K}
+                    where = {"num_pages": P, "head": head, "num_heads": K, "num_valid": length - (first + i) * TILE}
                     load_tile(pages_ref, k_smem.at[slot], k_full.at[slot], slices, plane=2 * layer_ref[0], **where)
                     load_tile(pages_ref, v_smem.at[slot], v_full.at[slot], slices, plane=2 * layer_ref[0] + 1, **where)
 

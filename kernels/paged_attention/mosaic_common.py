@@ -1,5 +1,6 @@
 """What the decode and the prefill kernel share: layouts, the page walk, and the two matrix products."""
 
+import functools
 import math
 
 import jax
@@ -21,6 +22,7 @@ STRIP = plgpu.Layout.TILED(
     Tiling(((16, 32), (16, 8), (8, 8), (2,))), warp_dims=(-6,), lane_dims=(-3, -2), vector_dim=-1
 )
 STRIP_ROWS = 32
+ROWS_AT_ONCE = 16  # a tile that is not full is fetched in multiples of these
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
 COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
@@ -62,11 +64,28 @@ def page_slices(table_ref, seq, tile, tile_tokens: int, page_size: int):
     return [(j * page_size, table_ref[seq, entry], pl.ds(0, page_size)) for j, entry in enumerate(entries)]
 
 
-def load_tile(pages_ref, smem, barrier, slices, *, plane, num_pages: int, head, num_heads: int) -> None:
-    """Starts the copies of one tile of keys or values; `plane` = 2 * layer + (0 for keys, 1 for values)."""
+def load_tile(
+    pages_ref, smem, barrier, slices, *, plane, num_pages: int, head, num_heads: int, num_valid: jax.Array | None = None
+) -> None:
+    """Starts the copies of one tile of keys or values.
+
+    Args:
+      plane: 2 * layer + (0 for keys, 1 for values).
+      num_valid: how many of its tokens are wanted, which spares reading the rest where the tile lies in one page.
+    """
     for row, page, rows in slices:
         index = (plane * num_pages + page) * num_heads + head
-        plgpu.copy_gmem_to_smem(pages_ref.at[index, rows], smem.at[pl.ds(row, rows.size)], barrier)
+
+        def copy(count: int, row=row, rows=rows, index=index) -> None:
+            source = pages_ref.at[index, pl.ds(rows.start, count)]
+            plgpu.copy_gmem_to_smem(source, smem.at[pl.ds(row, count)], barrier)
+
+        if num_valid is None or len(slices) > 1:
+            copy(rows.size)
+            continue
+        for count in range(ROWS_AT_ONCE, rows.size, ROWS_AT_ONCE):
+            pl.when((num_valid > count - ROWS_AT_ONCE) & (num_valid <= count))(functools.partial(copy, count))
+        pl.when(num_valid > rows.size - ROWS_AT_ONCE)(functools.partial(copy, rows.size))
 
 
 def num_copies(tile_tokens: int, page_size: int) -> int:
