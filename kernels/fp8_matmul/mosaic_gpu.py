@@ -106,7 +106,7 @@ def fp8_matmul_mosaic(
     return _product(w, scale, *inputs, cut=cut, dtype=x.dtype, interpret=interpret)[:, :M]
 
 
-def _rounded(x_smem) -> tuple[jax.Array, jax.Array]:
+def rounded(x_smem) -> tuple[jax.Array, jax.Array]:
     """A tile [rows, columns] in e4m3 and the scales [rows]."""
     values = plgpu.load(x_smem, layout=MATRIX).astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(values), axis=1), SMALLEST_AMAX)
@@ -123,7 +123,7 @@ def quantize_rows_mosaic(x: jax.Array, group: int, *, interpret: bool) -> tuple[
         tile = pl.ds(pl.multiple_of(row * PIECE, PIECE), PIECE), pl.ds(pl.multiple_of(column * group, group), group)
         plgpu.copy_gmem_to_smem(x_ref.at[tile], x_smem, came)
         plgpu.barrier_wait(came)
-        q_smem[...], scale_smem[...] = _rounded(x_smem)
+        q_smem[...], scale_smem[...] = rounded(x_smem)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem, q_ref.at[tile])
         plgpu.copy_smem_to_gmem(scale_smem, scale_ref.at[column, tile[0]])
@@ -286,7 +286,7 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
                     def step(i, _):
                         slot = slot_of(done + i)
                         plgpu.barrier_wait(came[1].at[slot])  # so the slot's last products are done as well
-                        x_smem[slot], row_scale_smem[slot] = _rounded(came[0].at[slot])
+                        x_smem[slot], row_scale_smem[slot] = rounded(came[0].at[slot])
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(full.at[slot])
 
