@@ -1,7 +1,7 @@
 """The products of a mixture of experts on Hopper: (tile of rows, tile of columns) units along the work list.
 
-As in `mosaic_gpu`: one warpgroup fetches with TMA, others multiply a block of D at a time into fresh accumulators and add
-those to float32 sums, times the scales. Small tiles, those of a decode step, arrive in their own dtype and one more
+As in `mosaic_gpu`: one warpgroup fetches with TMA, others multiply a block of D at a time into fresh accumulators and
+add those to float32 sums, times the scales. Small tiles, those of a decode step, arrive in their own dtype and one more
 warpgroup rounds them to FP8; larger ones are rounded before. What takes the time of a decode step are the weights: its
 units are small, so that few experts fill the GPU. The gate and the up projection are one product with two sums.
 """
@@ -154,16 +154,16 @@ def _product(w, scale, work, x, *row_scales, cut: Plan, is_gated: bool, dtype, i
                     }
                     column_scales = [scale_of[side, n // block_n] for side, n in pieces]
                     plgpu.barrier_wait(full.at[slot])
-                    row_scale = plgpu.load(row_scale_smem.at[slot, own], layout=ROWS)
                     new_sums = []
                     for first in range(0, len(pieces), together):
                         some = slice(first, first + together)
+                        row_scale = plgpu.load(row_scale_smem.at[slot, own], layout=ROWS)
                         values = products(slot, pieces[some])
                         if first + together >= len(pieces):
                             plgpu.barrier_arrive(empty.at[slot])
                         for value, total, column_scale in zip(values, sums[some], column_scales[some], strict=True):
-                            scales = lax.broadcast_in_dim(row_scale * column_scale, value.shape, [0])
-                            new_sums.append(total + value * scales)
+                            scales = lax.broadcast_in_dim(row_scale, value.shape, [0])
+                            new_sums.append(total + value * scales * column_scale)
                     return tuple(new_sums)
 
                 zeros = plgpu.layout_cast(jnp.full((PIECE, PIECE), 0, jnp.float32), MATRIX)
