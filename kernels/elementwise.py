@@ -6,6 +6,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+E4M3 = jnp.float8_e4m3fn
+
+
+def from_bits(kv: jax.Array) -> jax.Array:
+    """A KV cache, or a part of it, as the numbers it holds: those of uint8 are the bits of e4m3.
+
+    For a scatter or a gather of e4m3 XLA on a CPU widens the whole cache and narrows it again; of bytes it does not.
+    """
+    return jax.lax.bitcast_convert_type(kv, E4M3) if kv.dtype == jnp.uint8 else kv
+
+
+def to_bits(kv: jax.Array) -> jax.Array:
+    """The inverse of `from_bits`."""
+    return jax.lax.bitcast_convert_type(kv, jnp.uint8) if kv.dtype == E4M3 else kv
+
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """Over the last axis; in float32 and rounded before the weight is applied, as transformers does."""

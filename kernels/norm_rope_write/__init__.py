@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from qjax.kernels.dispatch import dispatch
-from qjax.kernels.norm_rope_write.reference import E4M3, norm_rope_write_ref
+from qjax.kernels.norm_rope_write.reference import norm_rope_write_ref
 
 __all__ = ["norm_rope_write"]
 
@@ -26,7 +26,8 @@ def norm_rope_write(
 ) -> tuple[jax.Array, jax.Array]:
     """(q [T, K, G, H], the cache with the rows of one layer written, in place where the caller donates `kv`).
 
-    kv        [L, 2, P, K, S, H]   the cache of all layers: keys at 0, values at 1; each (page, head) is an S x H tile
+    kv        [L, 2, P, K, S, H]   the cache of all layers: keys at 0, values at 1; each (page, head) is an S x H tile;
+                                   of uint8: the bits of e4m3
     parts     [N, T, K, G + 2, H]  that add up to the projection: of each KV head its G queries, its key, its value;
                                    in `dtype` or float32; their sum is rounded to `dtype` first
     norms     [H], [H]             weights of the queries' and the keys' RMSNorm; None: the model has none
@@ -40,9 +41,9 @@ def norm_rope_write(
     fits_cache = kv.shape[3] == K and kv.shape[5] == H
     if not fits_cache or slots.shape != (T,) or not cos.shape == sin.shape == (T, H // 2):
         raise ValueError(f"norm_rope_write: {parts.shape}, {cos.shape}, {slots.shape} do not fit the cache {kv.shape}")
-    if scales is not None and (scales.shape != (2, K) or kv.dtype != E4M3):
+    if scales is not None and (scales.shape != (2, K) or kv.dtype != jnp.uint8):
         raise ValueError(f"norm_rope_write: scales {scales.shape} for a cache {kv.shape} {kv.dtype}")
-    if dtype is None and kv.dtype == E4M3:
+    if dtype is None and kv.dtype == jnp.uint8:
         raise ValueError("norm_rope_write: an e4m3 cache needs the model's dtype")
     args = (kv, parts, norms, cos, sin, slots, scales)
     options = {"dtype": jnp.dtype(kv.dtype if dtype is None else dtype), "eps": eps, "layer": layer}

@@ -9,8 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from qjax.kernels.elementwise import norm_and_rotate, sum_parts
-from qjax.kernels.norm_rope_write.reference import E4M3, as_queries, in_cache, query_dtype, saturate
+from qjax.kernels.elementwise import from_bits, norm_and_rotate, sum_parts, to_bits
+from qjax.kernels.norm_rope_write.reference import as_queries, in_cache, query_dtype, saturate
 
 HALF = 64
 # [heads, rows of a head, 64]: a warp holds whole rows, so that the pairs that are rotated lie in one thread and a row
@@ -24,13 +24,13 @@ def norm_rope_write_mosaic(
     kv, parts, norms, cos, sin, slots, scales, *, dtype, eps: float, layer: jax.Array | int, interpret: bool
 ):
     K, H = kv.shape[3], kv.shape[5]
-    if 2 * HALF == H and K % 4 == 0 and dtype in (jnp.bfloat16, jnp.float16) and kv.dtype in (dtype, E4M3):
+    if 2 * HALF == H and K % 4 == 0 and dtype in (jnp.bfloat16, jnp.float16) and kv.dtype in (dtype, jnp.uint8):
         args = (kv, parts, norms, cos, sin, slots, scales)
         return _norm_rope_write(*args, dtype=dtype, eps=eps, layer=layer, interpret=interpret)
     q, k, v = norm_and_rotate(sum_parts(parts, dtype), norms, eps, cos, sin)
     rows = in_cache(jnp.stack([k, v], axis=1), kv.dtype, scales)
     q = as_queries(q, query_dtype(kv.dtype, dtype))
-    return q, _write(kv, rows[:, 0], rows[:, 1], slots, layer=layer, interpret=interpret)
+    return q, to_bits(_write(from_bits(kv), rows[:, 0], rows[:, 1], slots, layer=layer, interpret=interpret))
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "eps", "interpret"))  # one trace and one kernel for all layers
@@ -38,7 +38,7 @@ def _norm_rope_write(
     kv, parts, norms, cos, sin, slots, scales, *, dtype, eps: float, layer: jax.Array | int, interpret: bool
 ):
     P, K, S, H = kv.shape[2:]
-    num_parts, T, G, is_narrow = parts.shape[0], parts.shape[1], parts.shape[3] - 2, kv.dtype == E4M3
+    num_parts, T, G, is_narrow = parts.shape[0], parts.shape[1], parts.shape[3] - 2, kv.dtype == jnp.uint8
     q_dtype = query_dtype(kv.dtype, dtype)
     weights = [] if norms is None else [w.reshape(2, HALF) for w in norms]
     scale_args = [] if scales is None else [scales]
@@ -102,8 +102,8 @@ def _norm_rope_write(
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    kv_ref = jax.new_ref(kv.reshape(-1, K, S, 2, HALF))
-    half_q, half_k = plgpu.SMEM((K, G, HALF), q_dtype), plgpu.SMEM((K, 1, HALF), kv.dtype)
+    kv_ref = jax.new_ref(from_bits(kv).reshape(-1, K, S, 2, HALF))
+    half_q, half_k = plgpu.SMEM((K, G, HALF), q_dtype), plgpu.SMEM((K, 1, HALF), kv_ref.dtype)
     q = plgpu.kernel(
         norm_rope_write_kernel,
         out_type=jax.ShapeDtypeStruct((T, K, G, 2, HALF), q_dtype),
@@ -113,7 +113,7 @@ def _norm_rope_write(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(_one(layer), parts.reshape(*parts.shape[:4], 2, HALF), cos, sin, slots, *weights, *scale_args, kv_ref)
-    return q.reshape(T, K, G, H), jax.freeze(kv_ref).reshape(kv.shape)
+    return q.reshape(T, K, G, H), to_bits(jax.freeze(kv_ref)).reshape(kv.shape)
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))

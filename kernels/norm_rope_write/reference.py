@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from qjax.kernels.elementwise import norm_and_rotate, sum_parts
+from qjax.kernels.elementwise import E4M3, norm_and_rotate, sum_parts, to_bits
 
-E4M3 = jnp.float8_e4m3fn
 LARGEST = 448.0  # of e4m3; what is beyond saturates
 
 
@@ -17,14 +16,14 @@ def norm_rope_write_ref(
     num_pages, page_size = kv.shape[2], kv.shape[4]
     # A skipped row goes to a page past the end, which the scatter drops; −1 would wrap around to the last page.
     page = jnp.where(slots < 0, num_pages, slots // page_size)
-    rows = in_cache(jnp.stack([k, v], axis=1), kv.dtype, scales)  # [T, 2, K, H]
+    rows = to_bits(in_cache(jnp.stack([k, v], axis=1), kv.dtype, scales))  # [T, 2, K, H]
     q = as_queries(q, query_dtype(kv.dtype, dtype))
     return q, kv.at[layer, :, page, :, slots % page_size].set(rows, mode="drop")
 
 
 def in_cache(rows: jax.Array, kv_dtype: DTypeLike, scales: jax.Array | None) -> jax.Array:
-    """Keys and values [T, 2, K, H] as they are stored."""
-    if kv_dtype != E4M3:
+    """Keys and values [T, 2, K, H] as they are stored, those of a uint8 cache in e4m3."""
+    if kv_dtype != jnp.uint8:
         return rows.astype(kv_dtype)
     rows = rows.astype(jnp.float32)
     return saturate(rows if scales is None else rows / scales[:, :, None])
@@ -39,7 +38,7 @@ def saturate(x: jax.Array) -> jax.Array:
 def query_dtype(kv_dtype: DTypeLike, dtype: DTypeLike) -> jnp.dtype:
     """Of the queries for a cache: e4m3 is widened to float16 in one instruction, to bfloat16 in four, and a product has
     operands of one dtype."""
-    return jnp.dtype(jnp.float16 if kv_dtype == E4M3 and dtype == jnp.bfloat16 else dtype)
+    return jnp.dtype(jnp.float16 if kv_dtype == jnp.uint8 and dtype == jnp.bfloat16 else dtype)
 
 
 def as_queries(q: jax.Array, dtype: jnp.dtype) -> jax.Array:

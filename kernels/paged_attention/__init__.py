@@ -24,7 +24,7 @@ def paged_decode(
 ) -> jax.Array:
     """Attention of one new token a sequence, whose own key and value are in the cache already: [B, N, H].
 
-    q             [B, N, H]            query head n reads KV head n // (N // K); in kv's dtype, or wider if kv is e4m3
+    q             [B, N, H]            query head n reads KV head n // (N // K); in kv's dtype, wider if kv is uint8
     kv            [L, 2, P, K, S, H]   see `norm_rope_write`
     page_table    int32 [B, W]         the sequence's pages in order; entries past its end are page 0
     context_lens  int32 [B]            tokens, the new one included; 0 = a padding row, whose output is 0
@@ -60,7 +60,7 @@ def paged_prefill(
 ) -> jax.Array:
     """Causal attention of chunks of prompts whose keys and values are in the cache already: [T, N, H].
 
-    q             [T, N, H]            in kv's dtype, or wider if kv is e4m3
+    q             [T, N, H]            see `paged_decode`
     kv            [L, 2, P, K, S, H]   see `norm_rope_write`
     page_table    int32 [B, W]         the sequence's pages in order; entries past its end are page 0
     context_lens  int32 [B]            tokens of the sequence up to its chunk's end
@@ -86,7 +86,7 @@ def paged_prefill(
 def _check(
     q: jax.Array, kv: jax.Array, page_table: jax.Array, context_lens: jax.Array, scales: jax.Array | None
 ) -> None:
-    fits = q.dtype == kv.dtype or (kv.dtype == jnp.float8_e4m3fn and q.dtype.itemsize > 1)
+    fits = q.dtype == kv.dtype or (kv.dtype == jnp.uint8 and q.dtype != jnp.uint8)
     if q.shape[2] != kv.shape[5] or q.shape[1] % kv.shape[3] or not fits:
         raise ValueError(f"queries {q.shape} {q.dtype} do not fit the cache {kv.shape} {kv.dtype}")
     if context_lens.shape != page_table.shape[:1]:

@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.paged_attention.mosaic_common import (
     COLUMNS,
-    E4M3,
     LOG2E,
     MASKED,
     MATRIX,
@@ -123,7 +122,7 @@ def _splits(q, kv, page_table, items, scales, *, G, num_rows, layer, scale, out_
     box = max(stride, 8)
     P, S = kv.shape[2], kv.shape[4]
     num_items = items.shape[0]
-    dtype, is_narrow = q.dtype, kv.dtype == E4M3
+    dtype, is_narrow = q.dtype, kv.dtype == jnp.uint8
     num_stages = NARROW_STAGES if is_narrow else NUM_STAGES
     num_blocks = min(NUM_SMS * (NARROW_BLOCKS if is_narrow else 1), num_items * K)
     scale_args = [] if scales is None else [scales]
@@ -251,7 +250,8 @@ def _splits(q, kv, page_table, items, scales, *, G, num_rows, layer, scale, out_
             for slot in range(2):
                 plgpu.barrier_wait(q_empty.at[slot])
 
-    tiles = plgpu.SMEM((num_stages, TILE, H), kv.dtype, transforms=tiled(H, kv.dtype))
+    pages = flat_pages(kv)
+    tiles = plgpu.SMEM((num_stages, TILE, H), pages.dtype, transforms=tiled(H, pages.dtype))
     filled = plgpu.Barrier(num_arrivals=num_copies(TILE, S), num_barriers=num_stages)
     return plgpu.kernel(
         paged_decode_splits_kernel,
@@ -281,7 +281,7 @@ def _splits(q, kv, page_table, items, scales, *, G, num_rows, layer, scale, out_
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items, *scale_args)
+    )(jnp.full((1,), layer, jnp.int32), q, pages, page_table, items, *scale_args)
 
 
 def _join(final, partial, lse, first_item, num_splits, *, stride, interpret) -> jax.Array:

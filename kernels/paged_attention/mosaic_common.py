@@ -10,10 +10,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qjax.kernels.elementwise import E4M3, from_bits
+
 LOG2E = math.log2(math.e)
 MASKED = -1e30
 NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
-E4M3 = jnp.float8_e4m3fn
 # What wgmma reads, for 2-byte types. (jax's classes have a method without a body, which mypy takes for abstract.)
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # type: ignore[abstract]
 MATRIX = plgpu.Layout.WGMMA
@@ -32,7 +33,7 @@ def check_supported(q: jax.Array, kv: jax.Array, max_group: int) -> None:
     K, S = kv.shape[3:5]
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"the kernel computes in bfloat16 or float16, not {q.dtype}")
-    if kv.dtype != q.dtype and (kv.dtype, q.dtype) != (E4M3, jnp.float16):
+    if kv.dtype != q.dtype and (kv.dtype, q.dtype) != (jnp.uint8, jnp.float16):
         raise NotImplementedError(f"queries of {q.dtype} for a cache of {kv.dtype}")
     is_group_too_large = max_group < N // K
     if H not in (64, 128) or S not in (16, 32, 64, 128) or is_group_too_large:
@@ -48,7 +49,7 @@ def tiled(head_dim: int, dtype) -> tuple:
 
 def flat_pages(kv: jax.Array) -> jax.Array:
     """[L, 2, P, K, S, H] -> [L * 2 * P * K, S, H]: one tile a (page, head), which TMA can address."""
-    return kv.reshape(-1, *kv.shape[4:])
+    return from_bits(kv).reshape(-1, *kv.shape[4:])
 
 
 def page_slices(table_ref, seq, tile, tile_tokens: int, page_size: int):

@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.paged_attention.mosaic_common import (
-    E4M3,
     LOG2E,
     MASKED,
     MATRIX,
@@ -104,7 +103,7 @@ def _blocks(q, kv, page_table, items, scales, *, layer, scale, out_dtype, interp
     T, N, H = q.shape
     P, K, S = kv.shape[2:5]
     B = page_table.shape[0]
-    dtype, is_narrow = q.dtype, kv.dtype == E4M3
+    dtype, is_narrow = q.dtype, kv.dtype == jnp.uint8
     scale_args = [] if scales is None else [scales]
 
     def paged_prefill_kernel(layer_ref, q_ref, pages_ref, table_ref, items_ref, *refs):
@@ -256,7 +255,8 @@ def _blocks(q, kv, page_table, items, scales, *, layer, scale, out_dtype, interp
     tiles = plgpu.SMEM((NUM_STAGES, TILE, H), dtype, transforms=TILED)
     copies = num_copies(TILE, S)
     filled = plgpu.Barrier(num_arrivals=1 if is_narrow else copies, num_barriers=NUM_STAGES)
-    narrow_tile = plgpu.SMEM((TILE, H), kv.dtype, transforms=tiled(H, kv.dtype))
+    pages = flat_pages(kv)
+    narrow_tile = plgpu.SMEM((TILE, H), pages.dtype, transforms=tiled(H, pages.dtype))
     came = plgpu.Barrier(num_arrivals=copies)
     emptied = plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES)
     out = plgpu.kernel(
@@ -282,5 +282,5 @@ def _blocks(q, kv, page_table, items, scales, *, layer, scale, out_dtype, interp
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
-    )(jnp.full((1,), layer, jnp.int32), q, flat_pages(kv), page_table, items, *scale_args)
+    )(jnp.full((1,), layer, jnp.int32), q, pages, page_table, items, *scale_args)
     return lax.bitcast_convert_type(out, out_dtype)

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from qjax.kernels.elementwise import from_bits
+
 BLOCK_TOKENS = 512  # keys and values a step of the loop gathers
 MASKED = -1e30  # finite, so that a row that sees nothing yields 0 and not NaN
 _einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)  # no tf32 on GPUs
@@ -103,9 +105,8 @@ def _attend(
     def step(i: jax.Array, carry: tuple) -> tuple:
         acc, max_, sum_ = carry
         pages = lax.dynamic_slice_in_dim(page_table, i * block, block, axis=1)
-        k, v = (
-            kv[layer, j, pages].swapaxes(1, 2).reshape(B, K, block * S, H).astype(jnp.float32) for j in (0, 1)
-        )  # [B, K, C, H]
+        tiles = (from_bits(kv[layer, j, pages]).swapaxes(1, 2) for j in (0, 1))
+        k, v = (tile.reshape(B, K, block * S, H).astype(jnp.float32) for tile in tiles)  # [B, K, C, H]
         position = i * block * S + jnp.arange(block * S)
         v = jnp.where((position < end[:, None])[:, None, :, None], v, 0)
         is_visible = (position <= last[:, :, None])[:, None]  # [B, 1, R, C]

@@ -66,7 +66,11 @@ def make(case: Case) -> dict[str, np.ndarray]:
             page_table[row, i] = page = free.pop()
             used = min(S, length - i * S)
             kv[LAYER, :, page, :, :used] = rng.standard_normal((2, K, used, H))
-    args = {"kv": kv, "page_table": page_table, "context_lens": np.array(case.context_lens, np.int32)}
+    args = {
+        "kv": kv.view(np.uint8) if case.is_narrow else kv,
+        "page_table": page_table,
+        "context_lens": np.array(case.context_lens, np.int32),
+    }
     if case.is_narrow:
         args["scales"] = rng.uniform(0.5, 2, (2, K)).astype(np.float32)
     num_rows = len(case.context_lens)
@@ -80,6 +84,7 @@ def make(case: Case) -> dict[str, np.ndarray]:
 def oracle(args: dict[str, np.ndarray], scale: float | None = None) -> np.ndarray:
     """Dumb attention in float64: row by row, token by token."""
     q, kv, table = args["q"].astype(np.float64), args["kv"], args["page_table"]
+    kv = kv.view(E4M3) if kv.dtype == np.uint8 else kv
     K, S, H = kv.shape[3:]
     scale = H**-0.5 if scale is None else scale
     scales = args.get("scales", np.ones((2, K)))

@@ -9,7 +9,7 @@ import pytest
 
 from qjax.kernels.paged_attention import paged_decode, paged_prefill
 from qjax.kernels.paged_attention.reference import paged_prefill_ref
-from tests.kernels.cases import LAYER, Case, decode_cases, errors, is_close, make, narrow, oracle, prefill_cases
+from tests.kernels.cases import E4M3, LAYER, Case, decode_cases, errors, is_close, make, narrow, oracle, prefill_cases
 
 DECODE = decode_cases(most=77)
 PREFILL = prefill_cases(most=90)
@@ -98,7 +98,7 @@ def test_e4m3_cache_is_the_wide_one_with_its_numbers():
     """Over the same numbers in float32, scales multiplied in, the result is the same; `out_dtype` is kept."""
     for case in narrow([Case((70, 1, 0)), Case((70, 9), chunk_lens=(30, 2))]):
         args = make(case)
-        wide = args["kv"].astype(np.float32) * args["scales"][:, None, :, None, None]
+        wide = args["kv"].view(E4M3).astype(np.float32) * args["scales"][:, None, :, None, None]
         same = {**args, "kv": wide, "q": args["q"].astype(np.float32), "scales": None}
         out = op_of(case)(**args, layer=LAYER, implementation="reference", out_dtype=jnp.float32)
         expected = op_of(case)(**same, layer=LAYER, implementation="reference")
