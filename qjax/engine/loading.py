@@ -4,7 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from qjax.checkpoint import hub
+from qjax.checkpoint.kv_scales import has_kv_scales
 from qjax.checkpoint.pooling import Pooling, find_pooling, score_weight
-from qjax.checkpoint.safetensors import dummy_params, load_params, open_folder
+from qjax.checkpoint.safetensors import dummy_params, full_names, load_params, open_folder
 from qjax.config import EngineConfig
 from qjax.engine.memory import Device, Plan, plan
 from qjax.models.config import ModelConfig, apply_overrides
@@ -69,7 +70,6 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
 
     on_phase("downloading and loading the weights")
     dtype = jnp.dtype(sizes.dtype)
-    modeldef, _ = abstract_model(model_config, dtype, mesh)
     weight = None
     has_weight = pooling is not None and pooling.kind == "score" and pooling.tokens is None
     if config.load_format == "dummy":
@@ -79,10 +79,20 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
         folder = hub.resolve(config.model, revision=config.revision, **where)
         if has_weight:
             weight = score_weight(open_folder(folder), model_config.hidden_size)
+        if sizes.kv_dtype == "uint8":
+            model_config = _with_kv_scales(model_config, folder)
+    modeldef, _ = abstract_model(model_config, dtype, mesh)
     leaves = load_weights(config, folder, model_config, mesh, dtype, progress=progress)
     return Loaded(
         folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight
     )
+
+
+def _with_kv_scales(model_config: ModelConfig, folder: Path) -> ModelConfig:
+    if has_kv_scales(full_names(open_folder(folder))):
+        return replace(model_config, kv_scales=True)
+    log.info("The checkpoint has no k_scale and v_scale: the scales of its FP8 KV cache are 1.")
+    return model_config
 
 
 def load_weights(

@@ -9,7 +9,7 @@ from qjax.config import EngineConfig
 from qjax.models.config import ModelConfig
 
 GIB = 2**30
-ITEMSIZE = {"bfloat16": 2, "float32": 4}
+ITEMSIZE = {"bfloat16": 2, "float32": 4, "uint8": 1}
 CPU_KV_BYTES = 2 * GIB
 GPU_RESERVE_BYTES = GIB // 2  # GEMM workspaces, compiled code's constants, fragmentation
 MAX_PREFILLS = 64  # chunks of prompts in one step
@@ -29,6 +29,7 @@ class Plan:
 
     is_gpu: bool
     dtype: str
+    kv_dtype: str  # of the KV cache; uint8: the bits of e4m3
     page_size: int  # S
     num_pages: int  # P, the null page included
     max_model_len: int
@@ -58,12 +59,14 @@ class Plan:
     def table(self) -> str:
         """The lines that start-up prints before loading."""
         total = self.weights_bytes + self.activation_bytes + self.kv_bytes
+        of_dtype = " (fp8_e4m3)" if self.kv_dtype == "uint8" else ""
         of = f" of {self.budget_bytes / GIB:.2f}" if self.budget_bytes is not None else ""
         return (
             f"memory plan ({'GPU' if self.is_gpu else 'CPU'}, {self.dtype}, GiB a device): "
             f"weights {self.weights_bytes / GIB:.2f} + activations {self.activation_bytes / GIB:.2f} "
             f"+ KV cache {self.kv_bytes / GIB:.2f} = {total / GIB:.2f}{of}\n"
-            f"KV cache: {self.num_pages - 1} pages of {self.page_size} tokens = {self.kv_capacity_tokens} tokens, "
+            f"KV cache{of_dtype}: {self.num_pages - 1} pages of {self.page_size} tokens = "
+            f"{self.kv_capacity_tokens} tokens, "
             f"{self.kv_capacity_tokens / self.max_model_len:.1f} requests of the full length of {self.max_model_len}; "
             f"the longest context that fits: {self.longest_context}; "
             f"up to {self.max_num_seqs} requests at a time, {self.max_num_batched_tokens} tokens a step"
@@ -79,6 +82,7 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
     """
     is_gpu = device.platform != "cpu"
     dtype = config.dtype if config.dtype != "auto" else ("bfloat16" if is_gpu else "float32")
+    kv_dtype = dtype if config.kv_cache_dtype == "auto" else "uint8"
     page_size = config.block_size or (64 if is_gpu else 16)
     tp = config.tensor_parallel_size
     max_num_seqs = config.max_num_seqs or (256 if is_gpu else 32)
@@ -91,7 +95,7 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
     weights = model.weights_bytes(ITEMSIZE[dtype]) // tp
     activations = _activation_bytes(model, ITEMSIZE[dtype], tp, max_num_seqs, max_num_batched_tokens)
     # With more devices than KV heads, each head is kept on several devices.
-    per_token = model.kv_bytes_per_token(ITEMSIZE[dtype]) * max(tp // model.num_key_value_heads, 1) // tp
+    per_token = model.kv_bytes_per_token(ITEMSIZE[kv_dtype]) * max(tp // model.num_key_value_heads, 1) // tp
 
     budget = device.memory_bytes
     kv = config.kv_cache_memory_bytes
@@ -127,6 +131,7 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
     return Plan(
         is_gpu=is_gpu,
         dtype=dtype,
+        kv_dtype=kv_dtype,
         page_size=page_size,
         num_pages=num_pages,
         max_model_len=max_model_len,

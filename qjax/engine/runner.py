@@ -135,7 +135,7 @@ class Runner:
             model.num_attention_heads, model.num_key_value_heads, sharding.tensor_parallel_size(self.mesh)
         )
         shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
-        kv = jax.ShapeDtypeStruct(shape, jnp.dtype(plan.dtype), sharding=sharding.kv_cache_sharding(self.mesh))
+        kv = jax.ShapeDtypeStruct(shape, jnp.dtype(plan.kv_dtype), sharding=sharding.kv_cache_sharding(self.mesh))
         table: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
         return kv, DeviceState(table(num_slots + 1), table(num_slots + 1, plan.pages_per_sequence))
 

@@ -71,15 +71,19 @@ class PackedBatch:
         rope: tuple[jax.Array, jax.Array],
         cache: Any,
         layer: jax.Array | int,
+        *,
+        dtype: jnp.dtype,
+        kv_scales: jax.Array | None,
     ) -> tuple[jax.Array, Any]:
-        """Attention inside each document; `cache` and `layer` are the engine's matter and passed through.
+        """Attention inside each document, in `dtype`; what has to do with a cache is the engine's matter.
 
         Args:
           parts: [N, T, K, G + 2, H], T split over data and K over tensor parallelism; norms, eps and rope: see `Batch`.
         Returns:
           ([T, K, G, H], cache).
         """
-        q, k, v = norm_and_rotate(sum_parts(parts, parts.dtype), norms, eps, *rope)
+        del layer, kv_scales
+        q, k, v = norm_and_rotate(sum_parts(parts, dtype), norms, eps, *rope)
         L = self.row_length
 
         def on_shard(q, k, v, segment_ids):  # the device's own rows and KV heads
