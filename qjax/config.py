@@ -162,6 +162,9 @@ class EngineConfig:
     max_logprobs: int = option(20, "Most logprobs a request may ask for; -1: the whole vocabulary", group="Scheduler")
 
     tensor_parallel_size: int = option(1, "Devices that share the model", group="Devices")
+    enable_expert_parallel: bool = option(
+        False, "Each device has some experts of a layer whole, not a part of every expert", group="Devices"
+    )
     enforce_eager: bool = option(False, "Compile nothing ahead: start sooner, compile at first use", group="Devices")
     compilation_cache_dir: str | None = option(
         None, "Folder of compiled code [~/.cache/qjax/xla, or QJAX_CACHE_DIR]", group="Devices", metavar="FOLDER"

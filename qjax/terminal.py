@@ -117,6 +117,8 @@ def info(config: EngineConfig, gpu_memory: int | None) -> None:
     pooling = find_pooling(config, folder, hf_config)
     model = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
     model = model.with_quantization(config.quantization)
+    if config.enable_expert_parallel:
+        model = model.with_expert_parallel(config.tensor_parallel_size)
     embeddings = "shared with the output" if model.tie_word_embeddings else "output separate"
     rope = f", {model.rope_scaling['rope_type']} × {model.rope_scaling['factor']}" if model.rope_scaling else ""
     quantized = "" if model.quantization is None else f", quantised: {model.quantization.method}"

@@ -56,6 +56,8 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     pooling = find_pooling(config, folder, hf_config)
     model_config = ModelConfig.from_hf(hf_config if pooling is None else pooling.backbone(hf_config))
     model_config = model_config.with_quantization(config.quantization)
+    if config.enable_expert_parallel:
+        model_config = model_config.with_expert_parallel(config.tensor_parallel_size)
     tokenizer_folder = folder
     if config.tokenizer is not None:
         tokenizer_folder = hub.resolve(config.tokenizer, need_config=False, need_weights=False, **where)

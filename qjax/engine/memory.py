@@ -154,7 +154,8 @@ def _activation_bytes(model: ModelConfig, itemsize: int, tp: int, max_num_seqs: 
     layer = num_tokens * (6 * model.hidden_size + (2 * heads + 4 * feed_forward) // tp) * itemsize
     if model.num_sparse_layers:  # rows sorted by expert, with padding, and the experts' work on them
         rows = num_tokens * model.num_experts_per_tok + 128 * min(model.num_experts, num_tokens)
-        layer += rows * (3 * model.hidden_size + 3 * model.moe_intermediate_size // tp) * itemsize
+        parts = 1 if model.expert_parallel else tp
+        layer += rows * (3 * model.hidden_size + 3 * model.moe_intermediate_size // parts) * itemsize
     logits = 4 * (max_num_seqs + MAX_PREFILLS) * model.vocab_size * 4
     if model.quantization is not None:  # the largest weight's numbers, of this layer and the next
         layer += 2 * 2 * model.hidden_size * model.intermediate_size * itemsize // tp

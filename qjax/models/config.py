@@ -177,6 +177,22 @@ class ModelConfig:
                     total += self.quantization.num_bytes(size) - size * itemsize
         return total
 
+    def with_expert_parallel(self, tp: int) -> "ModelConfig":
+        """The config of what the option `enable_expert_parallel` asks for.
+
+        Raises:
+          ValueError: there are no experts, or `tp` devices cannot share them.
+        """
+        if not self.num_sparse_layers:
+            raise ValueError(f"enable_expert_parallel: the model ({self.architecture}) has no experts.")
+        if self.num_experts % tp:
+            valid = ", ".join(str(size) for size in range(1, self.num_experts + 1) if self.num_experts % size == 0)
+            raise ValueError(
+                f"enable_expert_parallel: tensor_parallel_size={tp} does not divide num_experts={self.num_experts}. "
+                f"Sizes that do: {valid}."
+            )
+        return replace(self, expert_parallel=True)
+
     def with_quantization(self, method: Method | None) -> "ModelConfig":
         """The config of what the option `quantization` asks for; None: the checkpoint as it is.
 

@@ -57,8 +57,10 @@ def test_answers_are_those_that_the_prompt_pass_gives(llm, expected):
             assert logprobs[token].rank == 1
 
 
-def test_two_devices_give_the_same_answers(folder, expected):
-    assert answers(LLM(str(folder), tensor_parallel_size=2, **OPTIONS)) == expected
+@pytest.mark.parametrize("enable_expert_parallel", [False, True])
+def test_two_devices_give_the_same_answers(folder, expected, enable_expert_parallel):
+    llm = LLM(str(folder), tensor_parallel_size=2, enable_expert_parallel=enable_expert_parallel, **OPTIONS)
+    assert answers(llm) == expected
 
 
 def test_weights_are_updated_and_made_up(llm, folder, expected):
@@ -106,7 +108,7 @@ def test_info_says_it(tmp_path, capsys):
 
 
 def test_what_is_not_supported_is_refused_by_name(folder, tmp_path):
-    with pytest.raises(TypeError, match="enable_expert_parallel"):
-        LLM(str(folder), enable_expert_parallel=True, **OPTIONS)
+    with pytest.raises(ValueError, match="tensor_parallel_size=3 does not divide num_experts=8"):
+        LLM(str(folder), enable_expert_parallel=True, tensor_parallel_size=3, **OPTIONS)
     with pytest.raises(ValueError, match="tensor_parallel_size=8 does not split num_attention_heads=4"):
         LLM(str(folder), tensor_parallel_size=8, hf_overrides={"num_attention_heads": 4}, **OPTIONS)

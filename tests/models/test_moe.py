@@ -34,8 +34,12 @@ def config_of(name: str) -> ModelConfig:
     return ModelConfig.from_hf(json.loads((GOLDEN / name / "config.json").read_text()))
 
 
-def stepper_of(name: str, tp: int = 1, num_seqs: int = 1, dtype: str = "float32") -> Stepper:
+def stepper_of(
+    name: str, tp: int = 1, num_seqs: int = 1, dtype: str = "float32", *, expert_parallel: bool = False
+) -> Stepper:
     config = config_of(name)
+    if expert_parallel:
+        config = config.with_expert_parallel(tp)
     modeldef, _ = abstract_model(config, dtype, mesh_of(tp))
     leaves = load_params(GOLDEN / name, config, mesh_of(tp), dtype, progress=False)
     return Stepper(config, mesh_of(tp), modeldef, leaves, num_seqs)
@@ -102,8 +106,34 @@ def test_tensor_parallel_gives_the_same_logits(name, tp):
         assert {shard.data.shape[axis] for shard in leaves[path].addressable_shards} == {F // tp}
 
 
-def test_two_all_reduces_a_layer_and_one_for_the_embedding():
-    stepper = stepper_of("moe_mixed", tp=2)
+@pytest.mark.parametrize("tp", [2, 4])
+@pytest.mark.parametrize("name", ["moe_mixed", "moe_sparse"])
+def test_expert_parallel_gives_the_same_logits(name, tp):
+    """Ties and experts that nobody chooses included; decode rows with padding, too."""
+    ids, expected = golden(name)
+    stepper = stepper_of(name, tp, expert_parallel=True)
+    leaves = dict(zip(stepper.modeldef.paths, stepper.leaves, strict=True))
+    config = stepper.config
+    for path in ("gate_up_proj", "down_proj"):
+        shards = leaves[f"layers.1.mlp.experts.{path}.kernel"].addressable_shards
+        assert {shard.data.shape[0] for shard in shards} == {config.num_experts // tp}
+        assert config.moe_intermediate_size in shards[0].data.shape
+    logits = [stepper.run({}, {0: ids[:-1]}, pad_prefill=3)[: len(ids) - 1], stepper.run({0: ids[-1]}, {})]
+    np.testing.assert_allclose(np.concatenate(logits), expected, rtol=0, atol=TOLERANCE["transformers, float32"])
+
+
+def test_experts_that_cannot_be_shared_are_named():
+    message = r"tensor_parallel_size=3 does not divide num_experts=8. Sizes that do: 1, 2, 4, 8."
+    with pytest.raises(ValueError, match=message):
+        config_of("moe_mixed").with_expert_parallel(3)
+    dense = ModelConfig.from_hf(json.loads((GOLDEN / "gqa8" / "config.json").read_text()))
+    with pytest.raises(ValueError, match=r"enable_expert_parallel: the model \(Qwen3ForCausalLM\) has no experts"):
+        dense.with_expert_parallel(2)
+
+
+@pytest.mark.parametrize("expert_parallel", [False, True])
+def test_two_all_reduces_a_layer_and_one_for_the_embedding(expert_parallel):
+    stepper = stepper_of("moe_mixed", tp=2, expert_parallel=expert_parallel)
     text = stepper.compiled_text(stepper.batch({}, {0: [3, 4, 5]}))
     count = lambda op: len(re.findall(rf" {op}(?:-start)?\(", text))
     assert count("all-reduce") == 2 * stepper.config.num_hidden_layers + 1

@@ -109,14 +109,14 @@ def test_loaded_experts_are_the_dequantised_ones(pair, tp: int, changes: dict):
 plain_logits: dict = {}
 
 
-@pytest.mark.parametrize("tp", [1, 2, 4])  # 4: each of the two KV heads is there twice
-def test_logits_equal_those_of_the_dequantised_model(pair, tp: int):
+@pytest.mark.parametrize(("tp", "changes"), [(1, {}), (2, {}), (4, {}), (4, {"expert_parallel": True})])
+def test_logits_equal_those_of_the_dequantised_model(pair, tp: int, changes: dict):
     quantised, plain = pair
     if plain not in plain_logits:
         plain_logits[plain] = logits_of(plain)
     expected = plain_logits[plain]
     assert expected.std() > 0.3
-    np.testing.assert_allclose(logits_of(quantised, tp), expected, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(logits_of(quantised, tp, **changes), expected, rtol=0, atol=1e-4)
 
 
 def test_each_device_reads_only_its_part(pair, monkeypatch):
