@@ -36,6 +36,7 @@ class Budget:
 SMALLEST = 8  # rows of a GPU's decode step
 DECODE = {("Qwen3-8B", (32, 0, 0)): Budget(10, 16), ("Qwen3-0.6B", (SMALLEST, 0, 0)): Budget(10, 16)}
 MIXED = ("Qwen3-8B", (16, 256, 64))
+NARROW = ("Qwen3-8B", (32, 0, 0))  # also with an FP8 cache: as many kernels, which spill nothing
 SPILLED_BYTES = {"paged_prefill_kernel": 16}  # stores of a thread; all other kernels: none
 KERNELS = {
     *("norm_rope_write_kernel", "paged_decode_splits_kernel", "paged_decode_join_kernel", "paged_prefill_kernel"),
@@ -84,6 +85,7 @@ def compiled():
     if not importlib.util.find_spec("jax_cuda13_plugin"):
         pytest.skip("needs the extra aot")
     specs = [[model, layers, shape] for model, shape in DECODE for layers in (2, 3)] + [[MIXED[0], 2, MIXED[1]]]
+    specs.append([NARROW[0], 2, NARROW[1], "uint8"])
     env = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "MOSAIC_GPU_DUMP_PTXAS": "1"}
     command = [sys.executable, "-m", "tests.kernels.compile_step", *map(json.dumps, specs)]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True)
@@ -103,8 +105,14 @@ def test_kernels_a_layer(compiled, model, shape):
 
 
 @pytest.mark.timeout(900)
+def test_an_fp8_cache_takes_no_other_kernels(compiled):
+    wide, narrow = (compiled[0][str([NARROW[0], 2, list(NARROW[1]), *kind])] for kind in ((), ("uint8",)))
+    assert len(narrow["kernels"]) == len(wide["kernels"]) and narrow["mosaic"] == wide["mosaic"]
+
+
+@pytest.mark.timeout(900)
 def test_the_cache_stays_where_it_is(compiled):
-    assert len(compiled[0]) == 5 and all(line["cache_stays"] for line in compiled[0].values())
+    assert len(compiled[0]) == 6 and all(line["cache_stays"] for line in compiled[0].values())
 
 
 @pytest.mark.timeout(900)
