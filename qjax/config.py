@@ -4,13 +4,14 @@ A field's name with dashes is its flag (`max_model_len` → `--max-model-len`), 
 (`QJAX_MAX_MODEL_LEN`), which the command line reads where the flag is not given. Standard library only.
 """
 
-import json
 import os
 import re
 import types
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin
+
+from qjax.option_values import parse_bytes, parse_json, parse_length, parse_nnodes
 
 BUILTIN_MODEL = "builtin"  # the small Qwen3 that ships with qjax
 
@@ -35,39 +36,6 @@ def option(
     if isinstance(default, dict | list):
         return field(default_factory=lambda: default.copy(), metadata=metadata, repr=not secret)
     return field(default=default, metadata=metadata, repr=not secret)
-
-
-def parse_length(text: str | int) -> int | Literal["auto"]:
-    """`4096`, `32k` (32 × 1000), `32K` (32 × 1024), `25.6k`; `auto` or -1: as many as the KV cache holds."""
-    if text in ("auto", -1, "-1"):
-        return "auto"
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", str(text).strip())
-    unit = {"": 1, "k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
-    length = round(float(match[1]) * unit[match[2]]) if match and (match[2] or "." not in match[1]) else 0
-    if length < 1:
-        raise ValueError(f"max_model_len must be a number of tokens such as 4096, 32k or 'auto', got {text!r}.")
-    return length
-
-
-def parse_bytes(text: str | int) -> int:
-    """`4294967296`, `4GiB`, `4G` (both 4 × 2**30), `500M`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?[bB])?", str(text).strip())
-    size = int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or " ")) if match else 0
-    if size < 1:
-        raise ValueError(f"a memory size is a number of bytes such as 4294967296 or 4GiB, got {text!r}.")
-    return size
-
-
-def parse_json(text: str | dict[str, Any]) -> dict[str, Any]:
-    if isinstance(text, dict):
-        return text
-    try:
-        value = json.loads(text)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise ValueError(f"expected a JSON object, got {text!r}: {error}.") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {text!r}.")
-    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +133,17 @@ class EngineConfig:
     enable_expert_parallel: bool = option(
         False, "Each device has some experts of a layer whole, not a part of every expert", group="Devices"
     )
+    nnodes: int | Literal["auto"] = option(
+        1,
+        "Hosts that share the model; auto: as Slurm or a Kubernetes LeaderWorkerSet says",
+        group="Devices",
+        parse=parse_nnodes,
+    )
+    node_rank: int = option(0, "Which of them this is; host 0 serves, the others follow it", group="Devices")
+    master_addr: str = option("127.0.0.1", "Address of host 0", group="Devices", metavar="ADDRESS")
+    master_port: int = option(
+        29501, "Port of host 0 at which the hosts meet; the next one is used too", group="Devices", metavar="PORT"
+    )
     enforce_eager: bool = option(False, "Compile nothing ahead: start sooner, compile at first use", group="Devices")
     compilation_cache_dir: str | None = option(
         None, "Folder of compiled code [~/.cache/qjax/xla, or QJAX_CACHE_DIR]", group="Devices", metavar="FOLDER"
@@ -180,6 +159,10 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
+        if self.nnodes != "auto" and not 0 <= self.node_rank < self.nnodes:
+            raise ValueError(f"node_rank must be less than nnodes={self.nnodes}, and at least 0, got {self.node_rank}.")
+        if not 0 < self.master_port < 65535:
+            raise ValueError(f"master_port must be in [1, 65534], got {self.master_port}.")
         if not 1 <= self.num_scheduler_steps <= 16:
             raise ValueError(f"num_scheduler_steps must be 1 to 16, got {self.num_scheduler_steps}.")
         if self.max_logprobs < -1:
@@ -240,6 +223,9 @@ class ServerConfig:
     )
     disable_access_log_for_endpoints: list[str] = option(
         [], "Paths whose requests get no line, such as /health /metrics", group="Server", metavar="PATH"
+    )
+    headless: bool = option(
+        False, "Serve nothing, follow host 0, as every host with another --node-rank does", group="Server"
     )
     server_dev_mode: bool = option(
         False, "Serve /sleep, /wake_up, /is_sleeping, and /abort_requests for all requests at once", group="Server"

@@ -35,15 +35,18 @@ def run(engine_config: EngineConfig, server_config: ServerConfig) -> int:
       ValueError: a wrong option or checkpoint, or a port that cannot be had; the message names it.
     """
     from qjax.engine.async_engine import AsyncEngine as RealEngine  # imports jax
+    from qjax.engine.async_engine import follow, follows
 
+    if server_config.headless or follows(engine_config):
+        return follow(engine_config)
     return run_engine(RealEngine(engine_config), server_config)
 
 
 def run_engine(engine: AsyncEngine, config: ServerConfig) -> int:
     """`run` with an engine of the caller's."""
     code = asyncio.run(_serve_until_signal(engine, config))
-    if engine.phase not in ("stopping", "failed"):
-        # Its thread is inside a download, a compiler, or a step that does not end, and Python would wait for it.
+    if engine.phase != "stopping":
+        # Its thread may be inside a download, a compiler, or a step that does not end, and Python would wait for it.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

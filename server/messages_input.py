@@ -136,7 +136,7 @@ def _text(content: str | list[dict[str, Any]], where: str) -> str:
 def _block(value: dict[str, Any], role: str, where: str) -> Any:
     kinds = BLOCKS[role]
     kind = value.get("type")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         message = f"{where}.type must be {' or '.join(kinds)}, got {shorten(kind)}: the model reads only text."
         raise bad_request(message, f"{where}.type")
     return parse(kinds[kind], value, where)

@@ -103,7 +103,7 @@ def chat_messages(instructions: str | None, items: str | list[dict[str, Any]]) -
 
 def _item(value: dict[str, Any], where: str) -> Any:
     kind = value.get("type", "message" if "role" in value else None)
-    if kind not in ITEMS:
+    if not isinstance(kind, str) or kind not in ITEMS:
         message = f"{where}.type must be one of {', '.join(ITEMS)}, got {shorten(kind)}."
         raise bad_request(message, f"{where}.type")
     return parse(ITEMS[kind], value, where)

@@ -12,10 +12,11 @@ ROOT = Path(__file__).parent.parent
 FOLDERS = {"qjax": "qjax", "kernels": "qjax.kernels", "server": "qjax.server"}
 MAX_LINES = 400
 
-OPTIONS = ("qjax.config", "qjax.sampling_params", "qjax.pooling_params", "qjax.outputs")
+OPTIONS = ("qjax.config", "qjax.option_values", "qjax.sampling_params", "qjax.pooling_params", "qjax.outputs")
 # A module belongs to the room with the longest name that it begins with. A room may import itself and these.
 ROOMS: dict[str, tuple[str, ...]] = {
-    "qjax.config": (),
+    "qjax.option_values": (),
+    "qjax.config": ("qjax.option_values",),
     "qjax.sampling_params": (),
     "qjax.pooling_params": (),
     "qjax.outputs": (),

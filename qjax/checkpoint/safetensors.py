@@ -100,7 +100,8 @@ def dummy_params(leaves: Iterable[jax.ShapeDtypeStruct], modeldef: ModelDef, see
     Quantised weights are random and their scales one number, so that they are about normal(0.02) (AWQ's: uniform).
     """
     leaves = tuple(leaves)
-    key = jax.device_put(jax.random.key(seed), sharding.replicated(leaves[0].sharding.mesh))
+    where = sharding.replicated(leaves[0].sharding.mesh)
+    key = jax.jit(partial(jax.random.key, seed), out_shardings=where)()  # device_put has no keys on several hosts
 
     def make(i: int, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if path.endswith((".bias", "norm.weight", ".weight_scale_inv", ".scales_zeros")):

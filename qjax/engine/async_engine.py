@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 from qjax.config import EngineConfig
 from qjax.engine.engine import Engine
+from qjax.engine.hosts import Followers
+from qjax.engine.lockstep import follow as follow
+from qjax.engine.lockstep import follows as follows  # for the server, which knows no other file here
 from qjax.engine.pooling import PoolingEngine, make_engine
 from qjax.outputs import PoolingRequestOutput, RequestOutput
 from qjax.pooling_params import PoolingParams
@@ -291,6 +294,8 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             self._engine = make_engine(self.config, progress=sys.stderr.isatty(), on_phase=self._set_phase)
+            if isinstance(self._engine.hosts, Followers):
+                self._engine.hosts.on_lost = lambda error: self._tell_loop(self._fail, error)
             self._set_phase("ready")
             self._loop.call_soon_threadsafe(self._ready.set_result, None)
             while self._take_inbox():
@@ -301,8 +306,14 @@ class AsyncEngine:
                     self._loop.call_soon_threadsafe(self._deliver, outputs)
             for request_id in list(self._engine.request_ids):
                 self._abort_in_thread(request_id)
+            if self._engine.hosts is not None:
+                self._engine.hosts.close()
         except BaseException as error:
-            self._loop.call_soon_threadsafe(self._fail, error)
+            self._tell_loop(self._fail, error)
+
+    def _tell_loop(self, function: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody is there to be told
+            self._loop.call_soon_threadsafe(function, *args)
 
     def _take_inbox(self) -> bool:
         """Runs what was asked of the engine; waits while there is nothing to do. False: stop."""
@@ -333,6 +344,8 @@ class AsyncEngine:
                 stream.put_nowait(output)
 
     def _fail(self, error: BaseException) -> None:
+        if self.error is not None:
+            return
         self.error = error
         if not self._ready.done():
             self._ready.set_exception(error)

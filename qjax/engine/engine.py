@@ -18,12 +18,14 @@ from qjax.engine.block_pool import BlockPool
 from qjax.engine.checking import check
 from qjax.engine.ending import host_end
 from qjax.engine.faults import Recovery, StepError
+from qjax.engine.hosts import Followers
 from qjax.engine.loading import Loaded, load, load_weights
+from qjax.engine.lockstep import make_runner
 from qjax.engine.logit_edits import bad_words_token_ids
 from qjax.engine.metrics import Metrics
 from qjax.engine.repetition import loop_detector
 from qjax.engine.request import Request
-from qjax.engine.runner import InFlight, Logprobs, Runner, StepResult, is_filtered, keeps_few
+from qjax.engine.runner import InFlight, Logprobs, StepResult, is_filtered, keeps_few
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.engine.sleeping import TAGS, Sleeper
 from qjax.engine.step import StepOptions
@@ -70,15 +72,8 @@ class Engine:
         self.plan = loaded.plan
         self.default_sampling_params = loaded.generation_defaults
         self.eos_token_ids = loaded.eos_token_ids
-        self.runner = Runner(
-            loaded.modeldef,
-            loaded.leaves,
-            loaded.mesh,
-            loaded.model_config,
-            loaded.plan,
-            pooling=bool(loaded.pooling),
-            num_steps=config.num_scheduler_steps,
-        )
+        self.hosts = loaded.hosts
+        self.runner = make_runner(loaded, config)
         where = (config, loaded.folder, loaded.model_config, loaded.mesh, jnp.dtype(self.plan.dtype))
         self.sleeper = Sleeper(self.runner, partial(load_weights, *where, progress=progress))
         self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
@@ -257,6 +252,8 @@ class Engine:
 
     def _recover(self, failure: StepError) -> dict[Group, None]:
         """Ends whom the failure concerns. Returns all groups: some may have got something just before it."""
+        if isinstance(self.hosts, Followers):
+            raise self.hosts.failure(failure.__cause__) from failure.__cause__
         try:
             self._update()  # the step before may have ended well; if it has not, that is where it began
         except StepError as earlier:
@@ -391,7 +388,9 @@ class Engine:
         self.sleeper.wake_up(tags)
 
     def _settle(self, what: str, why: str) -> None:
-        """Reads what is in flight. Raises ValueError if requests run."""
+        """Reads what is in flight. Raises ValueError if requests run, or other hosts would have to do the same."""
+        if self.hosts is not None:
+            raise ValueError(f"{what} is not supported with several hosts (--nnodes).")
         if self.has_unfinished:
             raise ValueError(f"{what}: {len(self._groups)} request(s) run; {why}. Wait for them or abort them first.")
         while self.has_work:

@@ -17,6 +17,7 @@ from qjax.checkpoint.kv_scales import has_kv_scales
 from qjax.checkpoint.pooling import Pooling, find_pooling, score_weight
 from qjax.checkpoint.safetensors import dummy_params, full_names, load_params, open_folder
 from qjax.config import EngineConfig
+from qjax.engine.hosts import Followers, Leader, join
 from qjax.engine.memory import Device, Plan, plan
 from qjax.models.config import ModelConfig, apply_overrides
 from qjax.models.qwen3 import ModelDef, abstract_model
@@ -41,6 +42,7 @@ class Loaded:
     leaves: tuple[jax.Array, ...]
     pooling: Pooling | None = None  # None: it generates
     score_weight: np.ndarray | None = None  # float32 [D] of a converted reranker
+    hosts: Followers | Leader | None = None  # None: there is one host
 
 
 def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None]) -> Loaded:
@@ -64,9 +66,14 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
     defaults, eos_token_ids = _generation_config(config, folder, model_config)
 
-    on_phase("starting the devices")
+    if pooling is not None and config.nnodes != 1:
+        raise ValueError("Embedders and rerankers are not supported with several hosts (--nnodes).")
+    on_phase("starting the devices" if config.nnodes == 1 else "waiting for the other hosts")
+    hosts = join(config)
     devices = start_devices(config)
-    sizes = plan(config, model_config, describe_device(devices[0]))
+    sizes = plan(config, model_config, describe_device(jax.local_devices()[0]))
+    if hosts is not None:
+        sizes = hosts.agree(sizes)
     log.info("%s", sizes.table())
     mesh = make_mesh(config.tensor_parallel_size, devices)
 
@@ -86,7 +93,8 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     modeldef, _ = abstract_model(model_config, dtype, mesh)
     leaves = load_weights(config, folder, model_config, mesh, dtype, progress=progress)
     return Loaded(
-        folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight
+        *(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight),
+        hosts=hosts,
     )
 
 
@@ -118,7 +126,8 @@ def load_weights(
 
 
 def start_devices(config: EngineConfig) -> list[jax.Device]:
-    """The devices of the mesh. Sets the share of memory and the compile cache, which count from jax's start on."""
+    """The devices of the mesh, as many of each host. Sets the share of memory and the compile cache, which count from
+    jax's start on."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.gpu_memory_utilization:.3f}")
     cache = config.compilation_cache_dir or os.path.join(
         os.environ.get("QJAX_CACHE_DIR", os.path.expanduser("~/.cache/qjax")), "xla"
@@ -131,7 +140,14 @@ def start_devices(config: EngineConfig) -> list[jax.Device]:
             f"tensor_parallel_size={config.tensor_parallel_size} needs as many devices; jax sees {len(devices)} "
             f"({devices[0].platform}). Lower --tensor-parallel-size."
         )
-    return devices[: config.tensor_parallel_size]
+    hosts = [[d for d in devices if d.process_index == i] for i in range(jax.process_count())]
+    num = config.tensor_parallel_size // len(hosts)
+    if short := [i for i, of_host in enumerate(hosts) if len(of_host) < num]:
+        raise ValueError(
+            f"tensor_parallel_size={config.tensor_parallel_size} needs {num} devices of each of {len(hosts)} hosts; "
+            f"host {short[0]} has {len(hosts[short[0]])}."
+        )
+    return [d for of_host in hosts for d in of_host[:num]]
 
 
 def describe_device(device: jax.Device) -> Device:

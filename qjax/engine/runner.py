@@ -155,16 +155,35 @@ class Runner:
         self._fill_table(fields, batch, layout)
         self._fill_sampling(fields, batch, rows, options)
 
+        out, prompt_out = self.run_step(bucket, options, packed)
+        out.copy_to_host_async()
+        if prompt_out is not None:
+            prompt_out.copy_to_host_async()
+        return InFlight(batch, rows, fields["query_starts"], out, prompt_out)
+
+    # What runs on the devices: this, `make_cache` and `compile_ahead`, on every host the same (see `lockstep`)
+
+    def run_step(self, bucket: Bucket, options: StepOptions, packed: np.ndarray) -> tuple[jax.Array, jax.Array | None]:
+        """`step`'s out and prompt_out."""
         run = self.compiles.get(bucket, options)
         counts = self.counts if options.penalties else None
         inputs = self.inputs.put(packed)
         self.kv, self.state, counts, out, prompt_out = run(self.leaves, self.kv, self.state, counts, inputs)
         if options.penalties:
             self.counts = counts
-        out.copy_to_host_async()
-        if prompt_out is not None:
-            prompt_out.copy_to_host_async()
-        return InFlight(batch, rows, fields["query_starts"], out, prompt_out)
+        return out, prompt_out
+
+    def write_table(self, updates: np.ndarray) -> None:
+        """int32 [U, 3]: see `write_page_table`."""
+        self.state = write_page_table(self.state, jax.device_put(updates, self.replicated))
+
+    def write_counts(self, slot: int, prompt: np.ndarray, output: np.ndarray) -> None:
+        """Padded token ids, int32: see `step.write_counts`."""
+        if self.counts is None:
+            shape = (self.plan.max_num_seqs + 1, self.model_config.vocab_size)
+            zeros = lambda dtype: jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=self.replicated)()
+            self.counts = TokenCounts(zeros(jnp.int16), zeros(jnp.bool_))
+        self.counts = write_counts(self.counts, np.int32(slot), prompt, output)
 
     def _admit(self, batch: ScheduledBatch) -> None:
         """Starts the state of requests that came into a slot."""
@@ -193,18 +212,11 @@ class Runner:
                 self._start_counts(chunk.slot, request)
 
     def _start_counts(self, slot: int, request: Request) -> None:
-        vocab = self.model_config.vocab_size
-        if self.counts is None:
-            shape = (self.plan.max_num_seqs + 1, vocab)
-            zeros = lambda dtype: jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=self.replicated)()
-            self.counts = TokenCounts(zeros(jnp.int16), zeros(jnp.bool_))
-
         def padded(ids: list[int]) -> np.ndarray:
             size = max(64, 1 << max(len(ids) - 1, 0).bit_length())
-            return np.array(ids + [vocab] * (size - len(ids)), np.int32)
+            return np.array(ids + [self.model_config.vocab_size] * (size - len(ids)), np.int32)
 
-        prompt, output = padded(request.prompt_token_ids), padded(request.output_token_ids)
-        self.counts = write_counts(self.counts, np.int32(slot), prompt, output)
+        self.write_counts(slot, padded(request.prompt_token_ids), padded(request.output_token_ids))
 
     def _options(self, batch: ScheduledBatch) -> StepOptions:
         if self.pooling:
@@ -287,7 +299,7 @@ class Runner:
             size = 1 << (len(ahead) - 1).bit_length()
             extra = np.full((max(size, 64), 3), nowhere, np.int32)
             extra[: len(ahead)] = ahead
-            self.state = write_page_table(self.state, jax.device_put(extra, self.replicated))
+            self.write_table(extra)
         fields["table_updates"][:] = nowhere
         if updates:
             fields["table_updates"][: len(updates)] = updates
