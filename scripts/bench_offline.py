@@ -36,6 +36,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument("--kv-cache-memory-bytes", default=None)
+    parser.add_argument("--kv-cache-dtype", default="auto")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tp", type=int, default=1, help="tensor_parallel_size")
     parser.add_argument("--batches", default="1,8,32,64,128,256")
@@ -81,6 +82,7 @@ class Bench:
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
             kv_cache_memory_bytes=args.kv_cache_memory_bytes,
+            kv_cache_dtype=args.kv_cache_dtype,
             tensor_parallel_size=args.tp,
             enable_prefix_caching=False,
             enforce_eager=args.enforce_eager,
@@ -96,7 +98,7 @@ class Bench:
             "jax": jax.__version__,
             "model": os.path.basename(os.path.normpath(args.model)),
             "dtype": dtype_of(Path(args.model), plan.dtype),
-            "kv": DTYPES[plan.dtype],
+            "kv": "fp8" if plan.kv_dtype == "uint8" else DTYPES[plan.kv_dtype],
             "tp": args.tp,
             "eager": args.enforce_eager,
             **({"num_scheduler_steps": args.num_scheduler_steps} if args.num_scheduler_steps > 1 else {}),
