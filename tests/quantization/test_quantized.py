@@ -267,10 +267,17 @@ def test_wrong_tensors_are_named(tmp_path, pair):
         save_file({k: v for k, v in changed.items() if v is not None}, tmp_path / "model.safetensors")
         load_params(tmp_path, config, mesh_of(1), "float32", progress=False)
 
-    with pytest.raises(ValueError, match=rf"tensor {name}{scale} \[.*\] is missing"):
-        load(tensors | {name + scale: None})
-    with pytest.raises(ValueError, match=rf"tensor {name}{scale} has shape"):
-        load(tensors | {name + scale: tensors[name + scale][:-1]})
+    kinds = [found.removeprefix(name) for found in tensors if found.startswith(name)]
+    assert {weight, scale} < {*kinds, "bias"} and len(kinds) == {"fp8": 2, "awq": 3, "gptq": 4}[quantised.name]
+    for kind in kinds:
+        with pytest.raises(ValueError, match=rf"tensor {name}{kind} \[.*\] is missing"):
+            load(tensors | {name + kind: None})
+        with pytest.raises(ValueError, match=rf"tensor {name}{kind} has shape .*, expected \["):
+            load(tensors | {name + kind: tensors[name + kind][:-1]})
+    with pytest.raises(ValueError, match=rf"tensor {name}{scale} has dtype int8, expected|has dtype I8, expected"):
+        load(tensors | {name + scale: np.zeros(tensors[name + scale].shape, np.int8)})
+    with pytest.raises(ValueError, match=rf"tensor {name}input_scale is none of Qwen3ForCausalLM's"):
+        load(tensors | {name + "input_scale": np.ones(1, np.float32)})
     with pytest.raises(ValueError, match=rf"tensor {name}{weight} has dtype bfloat16, expected (float8_e4m3fn|int32)"):
         load(tensors | {name + weight: np.zeros(tensors[name + weight].shape, ml_dtypes.bfloat16)})
     embedding = "model.embed_tokens.weight"
