@@ -175,7 +175,7 @@ def _explain(error: BaseException, model: str, revision: str | None, download_di
             f"{constants.ENDPOINT} cannot be reached ({_short(cause)}; {MAX_ATTEMPTS} attempts). Check the network, "
             "HTTPS_PROXY and HF_ENDPOINT, or give a local folder. Files already downloaded are kept."
         )
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"The disk is full while downloading {model!r}. Free space, or choose another place with --download-dir."
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS):
         return f"The download folder cannot be written ({cause}). Choose another one with --download-dir."

@@ -306,6 +306,8 @@ class Engine:
                     self._append(answer, accepted[chunk.request], sampled.get(chunk.request))
                 except Exception:  # a bug, or a grammar's: of this answer alone
                     self._give_up(answer)
+            elif chunk.request in accepted:
+                log.error("request %s: not a number came out: are the weights whole?", chunk.request.request_id)
             if chunk.request.is_finished and chunk.request in accepted:
                 self._flush(answer)
             touched[group] = None

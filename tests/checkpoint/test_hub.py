@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import subprocess
 import sys
 import types
@@ -134,6 +135,20 @@ def test_a_cut_download_is_resumed(client: Client, stub: HubStub, tmp_path: Path
     folder = client.resolve("org/model", download_dir=str(tmp_path))
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
     assert stub.downloads("model.safetensors") == [None, f"bytes={10 << 20}-"]
+
+
+def test_a_disk_that_is_full_and_then_is_not(client: Client, stub: HubStub, tmp_path: Path) -> None:
+    """No file may be larger than 12 MiB. The part that was written is not taken for the whole."""
+    stub.requests.clear()
+    pid = client.process.pid
+    limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (12 << 20, resource.RLIM_INFINITY))
+    try:
+        error = client.error("org/model", download_dir=str(tmp_path))
+    finally:
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
+    assert "The disk is full while downloading 'org/model'" in error and "--download-dir" in error
+    folder = client.resolve("org/model", download_dir=str(tmp_path))
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_a_reset_connection_is_tried_again(client: Client, stub: HubStub, tmp_path: Path) -> None:

@@ -2,16 +2,25 @@
 
 import asyncio
 import json
+import random
+import re
+import shutil
+import struct
 import threading
+import time
 
 import aiohttp
 import pytest
 
 from qjax import EngineConfig
+from qjax.checkpoint.safetensors import save_params
 from qjax.config import ServerConfig
 from qjax.engine.async_engine import AsyncEngine
 from qjax.server.lifecycle import Stop, serve
-from tests.engine.conftest import tiny_folder  # noqa: F401 (a fixture)
+from tests.engine.conftest import (
+    make_llm,
+    tiny_folder,  # noqa: F401 (a fixture)
+)
 from tests.server.conftest import free_port
 from tests.server.serving import serving
 
@@ -86,6 +95,47 @@ async def test_out_of_memory_is_not_seen_by_clients(config, monkeypatch):
         answers = await asyncio.gather(*(post(session, url, prompt=p) for p in prompts))
         assert [status for status, *_ in answers] == [200] * 8
         assert [body["choices"][0]["text"] for _, body, _ in answers] == expected
+
+
+async def test_a_corrupt_page_in_a_shard_is_an_error_and_not_an_answer(tiny_folder, tmp_path, caplog):  # noqa: F811
+    """4 KiB of ones where the first rows of the embedding were, as a bad sector or a broken copy leaves them: NaNs."""
+    llm = make_llm(tiny_folder)
+    folder = shutil.copytree(tiny_folder, tmp_path / "model")
+    save_params(llm.engine.runner.leaves, llm.engine.model_config, folder, llm.engine.runner.mesh)
+    file = folder / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    (size,) = struct.unpack("<Q", data[:8])
+    start = 8 + size + json.loads(data[8 : 8 + size])["model.embed_tokens.weight"]["data_offsets"][0]
+    data[start : start + 4096] = b"\xff" * 4096  # rows 0 to 15
+    file.write_bytes(data)
+    options = {**OPTIONS, "load_format": "auto"}
+    async with serving(EngineConfig(model=str(folder), **options)) as (url, engine), aiohttp.ClientSession() as session:
+        status, body, _ = await post(session, url)
+        assert status == 500 and "could not compute" in body["error"]["message"]
+        assert "are the weights whole?" in caplog.text
+        assert (await post(session, url, stream=True))[0] == 500
+        whole = {"prompt": [100, 200, 300], "allowed_token_ids": list(range(100, 200))}
+        assert (await post(session, url, **whole))[0] == 200, "rows that are whole still answer"
+        assert await health(session, url) == (200, "ready") and engine.engine.pool.usage == 0
+
+
+async def test_clock_jumps_change_nothing(config, monkeypatch):
+    """The time of day is only told, never measured with."""
+    days = random.Random(0)
+    real = time.time
+    async with (
+        serving(config, watchdog_timeout=5, shutdown_timeout=5) as (url, _),
+        aiohttp.ClientSession() as session,
+    ):
+        _, expected, _ = await post(session, url)
+        monkeypatch.setattr(time, "time", lambda: real() + 86400 * days.randrange(-1000, 1000))
+        answers = await asyncio.gather(*(post(session, url) for _ in range(12)))
+        assert [body["choices"] for _, body, _ in answers] == [expected["choices"]] * 12
+        assert await health(session, url) == (200, "ready")
+        async with session.get(url + "/metrics") as response:
+            metrics = await response.text()
+        sums = re.findall(r"^vllm:\w+_seconds_sum{.*} (\S+)$", metrics, re.M)
+        assert len(sums) >= 5 and all(0 <= float(seconds) < 3600 for seconds in sums), sums
 
 
 async def test_a_request_that_breaks_while_it_is_added_is_its_own_fault(config, monkeypatch):
