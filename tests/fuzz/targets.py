@@ -2,6 +2,7 @@
 `scripts/fuzz.py` on atheris'.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -29,6 +30,23 @@ PIECES = [
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<function=f>", "</function>", "<parameter=city>"),
     *("</parameter>", '{"name": "f", "arguments": {', '"city": "', '"days": 3', '"}', "}}", "}", "{", '"', "\\", "\n"),
     *("<", ">", "/", "[", "]", ",", ":", "null", "1e5", "\\u00e9", "\\ud83d", "é", "🙂", " ", "x", "</", "tool_call"),
+]
+WORDS = [
+    *("role", "user", "assistant", "system", "tool", "content", "type", "text", "function", "name", "parameters", "x"),
+    *("tool_calls", "arguments", "id", "call_id", "json_schema", "schema", "strict", "object", "properties", "$ref"),
+    *("auto", "required", "none", "message", "function_call", "function_call_output", "reasoning", "output", "summary"),
+    *(
+        "input_text",
+        "tool_use",
+        "tool_result",
+        "tool_use_id",
+        "thinking",
+        "regex",
+        "choice",
+        "grammar",
+        "structural_tag",
+    ),
+    *("structures", "triggers", "begin", "end", "enable_thinking", "mode", "tools", "", "\ud800", "1", "{}", "[a-z"),
 ]
 BODIES = (ChatRequest, CompletionRequest, ResponsesRequest, MessagesRequest, EmbeddingRequest, RerankRequest)
 
@@ -74,13 +92,36 @@ def detokenizing(data: bytes) -> None:
 
 
 def bodies(data: bytes) -> None:
-    """A body is taken, or refused with a message that can be sent."""
-    kind = BODIES[data[0] % len(BODIES)] if data else ChatRequest
+    """A body is taken, or refused with a message that can be sent. The bytes choose fields and values."""
+    take = iter(data).__next__
     try:
-        value = json.loads(data[1:])
-    except (ValueError, RecursionError):
+        kind = BODIES[take() % len(BODIES)]
+    except StopIteration:
         return
-    check_body(kind, value)
+    body: dict[str, object] = {"messages": [{"role": "user", "content": "x"}], "prompt": "x", "input": "x"}
+    body = {name: value for name, value in body.items() if name in kind.__dataclass_fields__}
+    names = list(kind.__dataclass_fields__)
+    with contextlib.suppress(StopIteration):
+        while True:
+            name = names[take() % len(names)]
+            body[name] = _value(take, 0)
+    check_body(kind, body)
+
+
+def _value(take: Callable[[], int], depth: int) -> object:
+    """JSON of what OpenAI's bodies are made of. Raises StopIteration at the end of the bytes."""
+    choice = take() % (8 if depth < 4 else 5)
+    if choice == 0:
+        return (None, True, False, -1, 0, 1, 2**31, 2**63, -(2**63), 1e308)[take() % 10]
+    if choice == 1:
+        return (take() - 128) / 8
+    if choice in (2, 3):
+        return WORDS[take() % len(WORDS)]
+    if choice == 4:
+        return take()
+    if choice == 5:
+        return [_value(take, depth + 1) for _ in range(take() % 4)]
+    return {WORDS[take() % len(WORDS)]: _value(take, depth + 1) for _ in range(1 + take() % 4)}
 
 
 def check_body(kind: type, value: object) -> None:
