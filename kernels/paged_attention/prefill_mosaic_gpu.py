@@ -8,6 +8,7 @@ waste rows of the whole model, and a padded output would be written, read and wr
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,6 +259,7 @@ def _blocks(q, kv, page_table, items, scales, *, layer, scale, out_dtype, interp
     pages = flat_pages(kv)
     narrow_tile = plgpu.SMEM((TILE, H), pages.dtype, transforms=tiled(H, pages.dtype))
     came = plgpu.Barrier(num_arrivals=copies)
+    for_narrow: list[Any] = [narrow_tile, narrow_tile, came, came] if is_narrow else []
     emptied = plgpu.Barrier(num_arrivals=2, num_barriers=NUM_STAGES)
     out = plgpu.kernel(
         paged_prefill_kernel,
@@ -274,7 +276,7 @@ def _blocks(q, kv, page_table, items, scales, *, layer, scale, out_dtype, interp
             emptied,
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2),
-            *([narrow_tile, narrow_tile, came, came] if is_narrow else []),
+            *for_narrow,
         ],
         grid=(items.shape[0], N),  # the last axis runs fastest: heads that share keys run together
         grid_names=("item", "head"),

@@ -41,9 +41,8 @@ def with_kv_scales(tensors: Mapping[str, np.ndarray], config: ModelConfig) -> di
         for layer in range(config.num_hidden_layers):
             owner = f"model.layers.{layer}.self_attn"
             for kind, other in ("kv", "vk"):
-                scale = found.get((owner, kind), found.get((owner, other)))
-                one = np.ones(config.num_key_value_heads, np.float32)
-                others[f"{owner}.{kind}_scale"] = one if scale is None else scale
+                default = found.get((owner, other), np.ones(config.num_key_value_heads, np.float32))
+                others[f"{owner}.{kind}_scale"] = found.get((owner, kind), default)
     return others
 
 
