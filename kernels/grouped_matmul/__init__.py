@@ -3,10 +3,12 @@
 import jax
 
 from qjax.kernels.dispatch import dispatch
+from qjax.kernels.grouped_matmul.choosing import choose_experts, weights_of
 from qjax.kernels.grouped_matmul.groups import Groups, group_rows, tile_rows
 from qjax.kernels.grouped_matmul.reference import grouped_matmul_ref
+from qjax.kernels.grouped_matmul.routing import Routing, route
 
-__all__ = ["Groups", "group_rows", "grouped_matmul", "tile_rows"]
+__all__ = ["Groups", "Routing", "choose_experts", "group_rows", "grouped_matmul", "route", "tile_rows", "weights_of"]
 
 # The kernel was compiled for an H100 and checked in interpret mode, but has not run on a GPU yet: until it has, it is
 # used only where `implementation` asks for it.

@@ -5,7 +5,6 @@ Every expert's F is split over devices as a dense layer's is, so that each devic
 """
 
 import functools
-import operator
 from typing import Any, Protocol
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
-from qjax.kernels.grouped_matmul import group_rows, tile_rows
+from qjax.kernels.grouped_matmul import choose_experts, route, tile_rows
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Linear, matmul
 from qjax.models.projection import experts_projection
@@ -38,74 +37,54 @@ class MoEFeedForward(nnx.Module):
         shape = (config.hidden_size, config.num_experts)
         self.gate = Linear(shape, ("embed", "experts"), dtype=dtype, rngs=rngs)
         self.experts = Experts(config, f"{name}.experts", dtype=dtype, rngs=rngs)
-        self.num_experts_per_tok = config.num_experts_per_tok
 
     def __call__(self, x: jax.Array, batch: RoutedBatch, cache: Any) -> tuple[jax.Array, Any]:
         """x [T, D] → ([1, T, D], see `Linear.parts`; the cache as `batch.after_routing` gives it)."""
         where = sharding.spec_like(x, "experts")
         logits = matmul(x, self.gate.kernel[...], out_dtype=jnp.float32, out_sharding=where)
         probs = jax.nn.softmax(logits)
-        experts = choose_experts(probs, self.num_experts_per_tok)
-        cache = batch.after_routing(probs, experts, cache)
-        experts = jnp.where(batch.is_token[:, None], experts, probs.shape[1])  # padding would fetch weights
-        return self.experts(x, probs, experts, batch.implementation), cache
-
-
-def choose_experts(probs: jax.Array, k: int) -> jax.Array:
-    """The k most probable experts of each token, most probable first, of equal ones the first.
-
-    probs float32 [T, E] → int32 [T, k]
-    """
-    # An expert's rank is the number of better ones: comparisons and sums fuse, where top_k would sort.
-    ids = jnp.arange(probs.shape[1])
-    mine, other = probs[:, :, None], probs[:, None, :]
-    is_better = (other > mine) | ((other == mine) & (ids[None, :] < ids[:, None]))
-    rank = jnp.sum(is_better, axis=2, dtype=jnp.int32)  # [T, E]
-    is_chosen = rank[:, None, :] == jnp.arange(k)[:, None]  # [T, k, E]
-    return jnp.sum(jnp.where(is_chosen, ids, 0), axis=2, dtype=jnp.int32)
-
-
-def weights_of(probs: jax.Array, experts: jax.Array, *, is_normalized: bool) -> jax.Array:
-    """float32 [T, k]: the probabilities of `choose_experts`' experts, `is_normalized` divided by their sum."""
-    weights = jnp.take_along_axis(probs, experts, axis=1, mode="clip")
-    if not is_normalized:
-        return weights
-    # Not jnp.sum: a few additions are computed where the weights are needed, a sum is a kernel of its own.
-    total = functools.reduce(operator.add, [weights[:, j] for j in range(experts.shape[1])])
-    return weights / total[:, None]
+        # Nobody computes these two where the batch does not look at them.
+        cache = batch.after_routing(probs, choose_experts(probs, self.experts.num_experts_per_tok), cache)
+        return self.experts(x, logits, batch.is_token, batch.implementation), cache
 
 
 class Experts(nnx.Module):
     def __init__(self, config: ModelConfig, name: str, *, dtype: jnp.dtype, rngs: nnx.Rngs | None):
         E, D, F = config.num_experts, config.hidden_size, config.moe_intermediate_size
-        self.num_experts, self.norm_topk_prob = E, config.norm_topk_prob
+        self.num_experts, self.num_experts_per_tok = E, config.num_experts_per_tok
+        self.norm_topk_prob = config.norm_topk_prob
         self.split = ("split_experts", "whole_mlp") if config.expert_parallel else ("experts", "mlp")
         experts, mlp = self.split
         make = functools.partial(experts_projection, config, dtype=dtype, rngs=rngs)
         self.gate_up_proj = make(f"{name}.gate_up_proj", (E, D, 2, F), (experts, "embed", "gate_up", mlp))
         self.down_proj = make(f"{name}.down_proj", (E, F, D), (experts, mlp, "embed"))
 
-    def __call__(self, x: jax.Array, probs: jax.Array, experts: jax.Array, implementation: str | None) -> jax.Array:
-        """x [T, D], probs float32 [T, E], experts int32 [T, k] → [1, T, D]; an expert E is none."""
-        tile = tile_rows(experts.size, self.num_experts)
+    def __call__(self, x: jax.Array, logits: jax.Array, is_token: jax.Array, implementation: str | None) -> jax.Array:
+        """x [T, D], the router's logits float32 [T, E], bool [T] → [1, T, D]; what is no token is sent nowhere."""
         weights = (*self.gate_up_proj.weights, *self.down_proj.weights)
         num_gate_up = len(self.gate_up_proj.weights)
 
-        def on_device(x, probs, experts, *arrays):
+        def on_device(x, logits, is_token, *arrays):
             gate_up, down = arrays[:num_gate_up], arrays[num_gate_up:]
-            own = arrays[0].shape[0]
-            groups = group_rows(experts - own * sharding.shard_index(self.split[0]), own, tile)  # drops all others
-            rows = x.at[groups.source].get(mode="fill", fill_value=0)
+            tile, own = tile_rows(x.shape[0] * self.num_experts_per_tok, self.num_experts), arrays[0].shape[0]
+            is_split = own < self.num_experts
+            routing = route(
+                logits,
+                is_token,
+                k=self.num_experts_per_tok,
+                tile=tile,
+                is_normalized=self.norm_topk_prob,
+                own_experts=(own * sharding.shard_index(self.split[0]), own) if is_split else None,
+                implementation=implementation,
+            )
+            rows = routing.rows_of(x, tile)
             run = functools.partial(self.gate_up_proj.product, is_gated=True, implementation=implementation)
-            hidden = run(rows, *gate_up, groups.work)
-            out = self.down_proj.product(hidden, *down, groups.work, implementation=implementation)
-            out = out.at[groups.position].get(mode="fill", fill_value=0)  # [T, k, D]
-            weights = weights_of(probs, experts, is_normalized=self.norm_topk_prob)
-            out = jnp.sum(out * weights[:, :, None], axis=1).astype(x.dtype)
-            return (sharding.sum_over(out, self.split)[None],)
+            hidden = run(rows, *gate_up, routing.work)
+            out = self.down_proj.product(hidden, *down, routing.work, implementation=implementation)
+            return (sharding.sum_over(routing.join(out).astype(x.dtype), self.split)[None],)
 
         tokens = sharding.token_axis(x)
         rows = (tokens, "embed")
-        in_axes = (rows, (tokens, "experts"), (tokens, "experts_of_token"), *(axes for _, axes in weights))
+        in_axes = (rows, (tokens, "experts"), (tokens,), *(axes for _, axes in weights))
         on_devices = sharding.per_shard(on_device, in_axes=in_axes, out_axes=(("parts", *rows),))
-        return on_devices(x, probs, experts, *(weight[...] for weight, _ in weights))[0]
+        return on_devices(x, logits, is_token, *(weight[...] for weight, _ in weights))[0]

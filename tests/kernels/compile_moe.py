@@ -1,8 +1,8 @@
-"""Compiles steps of Qwen3-30B-A3B with the experts' kernel for an H100 that is not there; see `compile_step`.
+"""Compiles steps of Qwen3-30B-A3B with the experts' kernels for an H100 that is not there; see `compile_step`.
 
-    JAX_PLATFORMS=cpu python -m tests.kernels.compile_moe '[2, [8, 0, 0]]' ...
+    JAX_PLATFORMS=cpu python -m tests.kernels.compile_moe '["fp8", 2, [8, 0, 0]]' ...
 
-Each argument: layers, [decode rows, prompt tokens, chunks].
+Each argument: how it is quantised or null, layers, [decode rows, prompt tokens, chunks].
 """
 
 import json
@@ -13,21 +13,26 @@ import jax
 from jax.experimental import topologies
 
 from qjax.engine.compiling import COMPILER_OPTIONS
-from qjax.kernels import grouped_matmul
+from qjax.kernels import fp8_matmul, grouped_matmul, int4_matmul
+from qjax.kernels.grouped_matmul import routing
 from qjax.models.config import ModelConfig
 from scripts.bench_floors import MODELS
 from tests.kernels.compile_step import kernels, trace
 from tests.models.test_moe import LARGE
+from tests.quantization.checkpoints import QUANTIZATION
 
 
 def main() -> None:
-    grouped_matmul.IS_CHECKED_ON_GPU = True  # it is compiled, and runs nowhere
-    MODELS["Qwen3-30B-A3B"] = ModelConfig.from_hf(LARGE)
+    grouped_matmul.IS_CHECKED_ON_GPU = routing.IS_CHECKED_ON_GPU = True  # compiled, and run nowhere
+    fp8_matmul.IS_GROUPED_CHECKED_ON_GPU = int4_matmul.IS_GROUPED_CHECKED_ON_GPU = True
     target = (Path(__file__).parent / "h100.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=topology.devices)
     for spec in map(json.loads, sys.argv[1:]):
-        lowered = trace(mesh, "Qwen3-30B-A3B", *spec).lower(lowering_platforms=("cuda",))
+        method, *shape = spec
+        quantised = {"quantization_config": QUANTIZATION[method]} if method else {}
+        MODELS["Qwen3-30B-A3B"] = ModelConfig.from_hf(LARGE | quantised)
+        lowered = trace(mesh, "Qwen3-30B-A3B", *shape).lower(lowering_platforms=("cuda",))
         compiled = lowered.compile(COMPILER_OPTIONS)
         line = {"spec": spec, "kernels": kernels(compiled.as_text()), "loops": compiled.as_text().count(" while(")}
         line["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes

@@ -10,9 +10,9 @@ import pytest
 
 from qjax import sharding
 from qjax.checkpoint.safetensors import load_params
+from qjax.kernels.grouped_matmul import choose_experts, weights_of
 from qjax.models.batch import Batch
 from qjax.models.config import ModelConfig
-from qjax.models.moe import choose_experts, weights_of
 from qjax.models.qwen3 import abstract_model
 from tests.models.stepper import Stepper, mesh_of
 from tests.models.test_qwen3 import GOLDEN, TOLERANCE
