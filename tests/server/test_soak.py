@@ -91,8 +91,8 @@ async def ask(session, url, path, body, *, leave_after: int | None = None, reque
 @pytest.mark.slow
 @pytest.mark.timeout(60 + NUM_REQUESTS)
 async def test_many_requests_that_come_and_go():
-    # some requests wait, and some lose their pages
-    config = EngineConfig(max_model_len=256, kv_cache_memory_bytes="10MiB", max_num_seqs=8, max_num_batched_tokens=128)
+    # most requests wait
+    config = EngineConfig(max_model_len=256, kv_cache_memory_bytes="16MiB", max_num_seqs=8, max_num_batched_tokens=128)
     connector = aiohttp.TCPConnector(limit=0)
     quiet = {"disable_uvicorn_access_log": True}
     async with serving(config, **quiet) as (url, engine), aiohttp.ClientSession(connector=connector) as session:
