@@ -124,8 +124,11 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = option(
         "fcfs", "Order of waiting requests: first come, or lowest priority value", group="Scheduler"
     )
-    num_scheduler_steps: int = option(
-        1, "Decode steps sent to the device at once: tokens come in groups, the host has less to do", group="Scheduler"
+    num_scheduler_steps: int | None = option(
+        None,
+        "Decode steps sent to the device at once: tokens come in groups, the host has less to do [GPU: 4 or 2 where "
+        "reading the weights takes less than 2 or 4 ms, else 1]",
+        group="Scheduler",
     )
     max_logprobs: int = option(20, "Most logprobs a request may ask for; -1: the whole vocabulary", group="Scheduler")
 
@@ -163,7 +166,7 @@ class EngineConfig:
             raise ValueError(f"node_rank must be less than nnodes={self.nnodes}, and at least 0, got {self.node_rank}.")
         if not 0 < self.master_port < 65535:
             raise ValueError(f"master_port must be in [1, 65534], got {self.master_port}.")
-        if not 1 <= self.num_scheduler_steps <= 16:
+        if self.num_scheduler_steps is not None and not 1 <= self.num_scheduler_steps <= 16:
             raise ValueError(f"num_scheduler_steps must be 1 to 16, got {self.num_scheduler_steps}.")
         if self.max_logprobs < -1:
             raise ValueError(

@@ -47,7 +47,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--out-len", type=int, default=257, help="tokens of each answer in the decode figures")
-    parser.add_argument("--num-scheduler-steps", type=int, default=1)
+    parser.add_argument("--num-scheduler-steps", type=int, help="[as the engine chooses]")
     parser.add_argument("--enforce-eager", action="store_true", help="compile at first use, in each figure's warm-up")
     parser.add_argument("--reps", type=int, default=3)
     parser.add_argument("--out", default="", help="append the JSON lines to this file")
@@ -101,7 +101,7 @@ class Bench:
             "kv": "fp8" if plan.kv_dtype == "uint8" else DTYPES[plan.kv_dtype],
             "tp": args.tp,
             "eager": args.enforce_eager,
-            **({"num_scheduler_steps": args.num_scheduler_steps} if args.num_scheduler_steps > 1 else {}),
+            "num_scheduler_steps": plan.num_scheduler_steps,
             **setting(),
             "device": jax.devices()[0].device_kind,
         }

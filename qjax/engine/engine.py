@@ -73,7 +73,7 @@ class Engine:
         self.default_sampling_params = loaded.generation_defaults
         self.eos_token_ids = loaded.eos_token_ids
         self.hosts = loaded.hosts
-        self.runner = make_runner(loaded, config)
+        self.runner = make_runner(loaded)
         where = (config, loaded.folder, loaded.model_config, loaded.mesh, jnp.dtype(self.plan.dtype))
         self.sleeper = Sleeper(self.runner, partial(load_weights, *where, progress=progress))
         self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
@@ -84,7 +84,7 @@ class Engine:
                 max_model_len=self.plan.max_model_len,
                 max_num_prefills=self.plan.max_num_prefills,
                 policy=config.scheduling_policy,
-                num_steps=config.num_scheduler_steps,
+                num_steps=self.plan.num_scheduler_steps,
             ),
             self.pool,
         )

@@ -59,7 +59,7 @@ def _of_step(kind: str, bucket: Bucket, options: StepOptions) -> dict[str, Any]:
     return {"kind": kind, "bucket": asdict(bucket), "options": asdict(options)}
 
 
-def make_runner(loaded: Loaded, config: EngineConfig) -> Runner:
+def make_runner(loaded: Loaded) -> Runner:
     """Of this host, which is the first or the only one.
 
     Raises:
@@ -68,10 +68,10 @@ def make_runner(loaded: Loaded, config: EngineConfig) -> Runner:
     if isinstance(loaded.hosts, Leader):
         raise ValueError("this host follows host 0: run `qjax serve --headless` with its --node-rank here.")
     parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
-    options: dict[str, Any] = {"pooling": bool(loaded.pooling), "num_steps": config.num_scheduler_steps}
+    pooling = bool(loaded.pooling)
     if loaded.hosts is None:
-        return Runner(*parts, **options)
-    return LeadingRunner(*parts, **options, followers=loaded.hosts)
+        return Runner(*parts, pooling=pooling)
+    return LeadingRunner(*parts, pooling=pooling, followers=loaded.hosts)
 
 
 def follows(config: EngineConfig) -> bool:
@@ -97,7 +97,7 @@ def follow(config: EngineConfig) -> int:
         # Both come to all hosts, and host 0 gives its requests their time.
         signal.signal(number, lambda *_: log.info("this host ends when host 0 does"))
     parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
-    runner = Runner(*parts, num_steps=config.num_scheduler_steps)
+    runner = Runner(*parts)
     log.info("host %d of %d follows host 0", jax.process_index(), jax.process_count())
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(leader, messages), name="qjax-hosts", daemon=True).start()

@@ -13,6 +13,8 @@ ITEMSIZE = {"bfloat16": 2, "float32": 4, "uint8": 1}
 CPU_KV_BYTES = 2 * GIB
 GPU_RESERVE_BYTES = GIB // 2  # GEMM workspaces, compiled code's constants, fragmentation
 MAX_PREFILLS = 64  # chunks of prompts in one step
+GPU_BYTES_PER_MS = 3e9  # that an H100 reads
+HOST_MS = 4  # that the host takes for a step of many requests: a shorter one would wait for it
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Plan:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_num_prefills: int
+    num_scheduler_steps: int
     weights_bytes: int
     activation_bytes: int
     kv_bytes: int
@@ -139,12 +142,18 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_prefills=min(MAX_PREFILLS, max_num_seqs),
+        num_scheduler_steps=config.num_scheduler_steps or (_num_scheduler_steps(weights) if is_gpu else 1),
         weights_bytes=weights,
         activation_bytes=activations,
         kv_bytes=num_pages * page_size * per_token,
         kv_bytes_per_token=per_token,
         budget_bytes=budget,
     )
+
+
+def _num_scheduler_steps(weights_bytes: int) -> int:
+    """As many as keep the device busy for HOST_MS, as far as the weights decide that; 4 at most."""
+    return next((n for n in (1, 2) if n * weights_bytes / GPU_BYTES_PER_MS >= HOST_MS), 4)
 
 
 def _activation_bytes(model: ModelConfig, itemsize: int, tp: int, max_num_seqs: int, num_tokens: int) -> int:

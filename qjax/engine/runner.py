@@ -86,7 +86,6 @@ class Runner:
     model_config: ModelConfig
     plan: Plan
     pooling: bool = False
-    num_steps: int = 1  # see `SchedulerConfig`
     kv: jax.Array = field(init=False)
     usual: StepOptions | None = None
 
@@ -357,8 +356,8 @@ class Runner:
         """
         self.usual = options[0]
         keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
-        if self.num_steps > 1:
-            keys += [(b, replace(o, num_steps=self.num_steps)) for b, o in keys if not b.num_tokens]
+        if self.plan.num_scheduler_steps > 1:
+            keys += [(b, replace(o, num_steps=self.plan.num_scheduler_steps)) for b, o in keys if not b.num_tokens]
         self.compiles.ahead([(b, o) for b, o in keys if not (o.pooling and b.num_decodes)], progress=progress)
 
     def _lower(self, bucket: Bucket, options: StepOptions):

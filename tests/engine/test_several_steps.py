@@ -1,14 +1,18 @@
 """`num_scheduler_steps`: groups of decode steps give the answers of single ones, whatever ends them."""
 
 import random
+from dataclasses import replace
 
 import pytest
 
 from qjax import LLM, SamplingParams
+from qjax.config import EngineConfig
 from qjax.engine.block_pool import BlockPool
+from qjax.engine.memory import Device, plan
 from qjax.engine.request import Request
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.sampling_params import StructuredOutputsParams
+from scripts.bench_floors import MODELS
 
 PARAMS = [
     SamplingParams(temperature=0.0, max_tokens=23, ignore_eos=True),
@@ -83,3 +87,12 @@ def test_who_waits_gets_the_next_step():
 def test_wrong_numbers_are_refused(steps: int):
     with pytest.raises(ValueError, match="num_scheduler_steps must be 1 to 16"):
         LLM(num_scheduler_steps=steps)
+
+
+@pytest.mark.parametrize(("model", "steps"), [("Qwen3-0.6B", 4), ("Qwen3-4B", 2), ("Qwen3-8B", 1)])
+def test_small_models_take_several_on_a_gpu(model: str, steps: int):
+    gpu, cpu = Device("gpu", memory_bytes=72 * 2**30), Device("cpu")
+    config = EngineConfig(max_model_len=4096)
+    assert plan(config, MODELS[model], gpu).num_scheduler_steps == steps
+    assert plan(config, MODELS[model], cpu).num_scheduler_steps == 1
+    assert plan(replace(config, num_scheduler_steps=3), MODELS[model], gpu).num_scheduler_steps == 3
