@@ -10,10 +10,6 @@ from qjax.kernels.grouped_matmul.routing import Routing, route
 
 __all__ = ["Groups", "Routing", "choose_experts", "group_rows", "grouped_matmul", "route", "tile_rows", "weights_of"]
 
-# The kernel was compiled for an H100 and checked in interpret mode, but has not run on a GPU yet: until it has, it is
-# used only where `implementation` asks for it.
-IS_CHECKED_ON_GPU = False
-
 
 def grouped_matmul(
     x: jax.Array, w: jax.Array, work: jax.Array, *, is_gated: bool = False, implementation: str | None = None
@@ -30,8 +26,6 @@ def grouped_matmul(
         raise ValueError(f"grouped_matmul: x {x.shape}, w {w.shape} and work {work.shape} do not fit")
 
     def mosaic(interpret: bool) -> jax.Array:
-        if implementation is None and not IS_CHECKED_ON_GPU:
-            raise NotImplementedError("the kernel was not checked on a GPU")
         from qjax.kernels.grouped_matmul.mosaic_gpu import grouped_matmul_mosaic
 
         return grouped_matmul_mosaic(x, w, work, is_gated=is_gated, interpret=interpret)

@@ -1,6 +1,7 @@
 """From a router's logits to rows sorted by expert: one kernel where few tokens are, and plain jnp."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +77,8 @@ def route(
         from qjax.kernels.grouped_matmul.route_mosaic_gpu import route_mosaic
 
         num_tiles = max_tiles(T * k, E, tile)
-        options = {"k": k, "tile": tile, "num_tiles": num_tiles, "is_normalized": is_normalized}
-        return Routing(*route_mosaic(logits, is_token, interpret=interpret, **options), source=None)
+        options: Any = {"k": k, "tile": tile, "num_tiles": num_tiles, "is_normalized": is_normalized}
+        position, weights, work = route_mosaic(logits, is_token, interpret=interpret, **options)
+        return Routing(position, weights, work, source=None)
 
     return dispatch(implementation, reference, mosaic)

@@ -25,10 +25,6 @@ __all__ = [
     "quantize_packed",
 ]
 
-# The grouped kernel was compiled for an H100 and checked in interpret mode, but has not run on a GPU yet: until it has,
-# it is used only where `implementation` asks for it.
-IS_GROUPED_CHECKED_ON_GPU = False
-
 
 def int4_matmul(
     x: jax.Array, words: jax.Array, scales_zeros: jax.Array, *, implementation: str | None = None
@@ -83,8 +79,6 @@ def grouped_int4_matmul(
         )
 
     def mosaic(interpret: bool) -> jax.Array:
-        if implementation is None and not IS_GROUPED_CHECKED_ON_GPU:
-            raise NotImplementedError("the kernel was not checked on a GPU")
         from qjax.kernels.int4_matmul.grouped_mosaic_gpu import grouped_int4_matmul_mosaic
 
         return grouped_int4_matmul_mosaic(x, words, scales_zeros, work, is_gated=is_gated, interpret=interpret)

@@ -13,7 +13,7 @@ import jax
 from jax.experimental import topologies
 
 from qjax.engine.compiling import COMPILER_OPTIONS
-from qjax.kernels import fp8_matmul, grouped_matmul, int4_matmul
+from qjax.kernels import fp8_matmul
 from qjax.kernels.grouped_matmul import routing
 from qjax.models.config import ModelConfig
 from scripts.bench_floors import MODELS
@@ -23,8 +23,7 @@ from tests.quantization.checkpoints import QUANTIZATION
 
 
 def main() -> None:
-    grouped_matmul.IS_CHECKED_ON_GPU = routing.IS_CHECKED_ON_GPU = True  # compiled, and run nowhere
-    fp8_matmul.IS_GROUPED_CHECKED_ON_GPU = int4_matmul.IS_GROUPED_CHECKED_ON_GPU = True
+    fp8_matmul.IS_GROUPED_CHECKED_ON_GPU = routing.IS_CHECKED_ON_GPU = True  # compiled, and run nowhere
     target = (Path(__file__).parent / "h100.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=topology.devices)

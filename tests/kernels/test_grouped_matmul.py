@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.kernels import grouped_matmul as package
 from qjax.kernels.grouped_matmul import Groups, group_rows, grouped_matmul
 from qjax.kernels.grouped_matmul.groups import BLOCK, max_tiles, tile_rows
 from qjax.kernels.grouped_matmul.mosaic_gpu import SMEM_BYTES, Plan, grouped_matmul_mosaic, plan
@@ -166,13 +165,3 @@ def test_what_does_not_fit_is_refused():
         grouped_matmul(x.astype("bfloat16"), w.astype("bfloat16"), work, implementation="interpret")
     with pytest.raises(NotImplementedError, match="float32"):
         grouped_matmul(x, w, work, implementation="interpret")
-
-
-def test_the_kernel_serves_nobody_before_it_was_checked(monkeypatch):
-    monkeypatch.setattr("qjax.kernels.dispatch.is_hopper", lambda: True)
-    args = case(5, 2, 4, 64, 64, is_gated=False, dtype="bfloat16")[:3]
-    text = lambda: str(jax.make_jaxpr(lambda *args: grouped_matmul(*args))(*args))  # traced anew
-    if not package.IS_CHECKED_ON_GPU:
-        assert "warpgroup" not in text()
-    monkeypatch.setattr(package, "IS_CHECKED_ON_GPU", True)
-    assert "warpgroup" in text()
