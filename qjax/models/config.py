@@ -189,7 +189,7 @@ class ModelConfig:
             valid = ", ".join(str(size) for size in range(1, self.num_experts + 1) if self.num_experts % size == 0)
             raise ValueError(
                 f"enable_expert_parallel: tensor_parallel_size={tp} does not divide num_experts={self.num_experts}. "
-                f"Sizes that do: {valid}."
+                f"Sizes that work: {valid}."
             )
         return replace(self, expert_parallel=True)
 

@@ -63,7 +63,7 @@ class Qwen3ForCausalLM(nnx.Module):
       tensor_parallel_size: of the mesh it is built under (`jax.set_mesh`); it decides how KV heads are replicated.
       rngs: for random weights; None: zeros and ones (to be replaced, or never computed: `abstract_model`).
     Raises:
-      ValueError: tensor_parallel_size does not divide a size of the model; the message names it.
+      ValueError: the devices cannot share the model; see `split_heads`.
     """
 
     def __init__(
@@ -74,8 +74,7 @@ class Qwen3ForCausalLM(nnx.Module):
         tensor_parallel_size: int = 1,
         rngs: nnx.Rngs | None = None,
     ):
-        sharding.check_split(tensor_parallel_size, **config.sizes_to_split(tensor_parallel_size))
-        heads = sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tensor_parallel_size)
+        heads = split_heads(config, tensor_parallel_size)
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(
@@ -101,6 +100,30 @@ class Qwen3ForCausalLM(nnx.Module):
         else:
             logits = matmul(hidden, self.lm_head.kernel[...], out_dtype=jnp.float32)
         return jax.sharding.reshard(logits, sharding.spec_like(hidden, None))
+
+
+def split_heads(config: ModelConfig, tp: int) -> tuple[int, int]:
+    """(K, G) of `sharding.split_heads` on `tp` devices.
+
+    Raises:
+      ValueError: they cannot share the model; the message names the size that stands in the way, and how many can.
+    """
+
+    def split(tp: int) -> tuple[int, int]:
+        sharding.check_split(tp, **config.sizes_to_split(tp))
+        return sharding.split_heads(config.num_attention_heads, config.num_key_value_heads, tp)
+
+    def can_split(tp: int) -> bool:
+        try:
+            return bool(split(tp))
+        except ValueError:
+            return False
+
+    try:
+        return split(tp)
+    except ValueError as error:
+        valid = [str(n) for n in range(1, config.num_attention_heads + 1) if can_split(n)]
+        raise ValueError(f"{error} Sizes that work: {', '.join(valid) or 'none'}.") from None
 
 
 @functools.partial(jax.jit, static_argnums=0)

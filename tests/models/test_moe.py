@@ -123,7 +123,7 @@ def test_expert_parallel_gives_the_same_logits(name, tp):
 
 
 def test_experts_that_cannot_be_shared_are_named():
-    message = r"tensor_parallel_size=3 does not divide num_experts=8. Sizes that do: 1, 2, 4, 8."
+    message = r"tensor_parallel_size=3 does not divide num_experts=8. Sizes that work: 1, 2, 4, 8."
     with pytest.raises(ValueError, match=message):
         config_of("moe_mixed").with_expert_parallel(3)
     dense = ModelConfig.from_hf(json.loads((GOLDEN / "gqa8" / "config.json").read_text()))

@@ -1,5 +1,6 @@
 """The model against transformers (tests/golden), against itself in chunks, and split over devices."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -14,7 +15,8 @@ from flax import nnx
 from qjax import sharding
 from qjax.checkpoint.safetensors import load_params
 from qjax.models.config import ModelConfig
-from qjax.models.qwen3 import Qwen3ForCausalLM, abstract_model, merge, split
+from qjax.models.qwen3 import Qwen3ForCausalLM, abstract_model, merge, split, split_heads
+from scripts import bench_floors
 from tests.models.stepper import Stepper, mesh_of
 from tests.tiny import TINY
 
@@ -98,6 +100,20 @@ def assert_same_logits_split(name: str, tp: int) -> Stepper:
     parts = {shard.data.shape[3] for shard in stepper.cache.addressable_shards}
     assert parts == {stepper.cache.shape[3] // tp}
     return stepper
+
+
+@pytest.mark.parametrize(
+    ("changes", "tp", "valid"),
+    [
+        ({}, 3, "1, 2, 4, 8, 16, 32"),
+        ({"num_key_value_heads": 4, "num_attention_heads": 24}, 16, "1, 2, 4, 8"),
+        ({"intermediate_size": 12290}, 4, "1, 2"),
+    ],
+)
+def test_sizes_that_work_are_listed(changes: dict, tp: int, valid: str):
+    config = dataclasses.replace(bench_floors.MODELS["Qwen3-8B"], **changes)
+    with pytest.raises(ValueError, match=rf"tensor_parallel_size={tp} .* Sizes that work: {valid}\.$"):
+        split_heads(config, tp)
 
 
 def test_two_all_reduces_a_layer_and_one_for_the_embedding():
