@@ -274,7 +274,7 @@ def test_wrong_tensors_are_named(tmp_path, pair):
             load(tensors | {name + kind: None})
         with pytest.raises(ValueError, match=rf"tensor {name}{kind} has shape .*, expected \["):
             load(tensors | {name + kind: tensors[name + kind][:-1]})
-    with pytest.raises(ValueError, match=rf"tensor {name}{scale} has dtype int8, expected|has dtype I8, expected"):
+    with pytest.raises(ValueError, match=rf"tensor {name}{scale} has dtype (int8|I8), expected"):
         load(tensors | {name + scale: np.zeros(tensors[name + scale].shape, np.int8)})
     with pytest.raises(ValueError, match=rf"tensor {name}input_scale is none of Qwen3ForCausalLM's"):
         load(tensors | {name + "input_scale": np.ones(1, np.float32)})
