@@ -35,7 +35,7 @@ def test_options_are_up_to_date() -> None:
 
 def test_commands() -> None:
     assert command("start-command").endswith("install pip . && .venv/bin/qjax serve")
-    assert command("test-command").endswith("install pip -e '.[test,aot]' && .venv/bin/python -m pytest")
+    assert command("test-command").endswith("install pip -e '.[test,aot]' && .venv/bin/python -m pytest -n 2 --dist loadfile")
     for line in (command("start-command"), command("test-command")):
         assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0
 
