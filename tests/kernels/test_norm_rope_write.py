@@ -80,7 +80,8 @@ def test_e4m3_cache_gets_what_the_formula_says(implementation: str, heads: tuple
     norms = (make(H), make(H))
     args = (qkv[None], norms, np.cos(angle), np.sin(angle), SLOTS)
     run = functools.partial(norm_rope_write, eps=1e-6, layer=1, implementation=implementation)
-    wide_q, wide = run(jnp.zeros((L, 2, P, K, S, H), jnp.bfloat16), *args)
+    # Waited for: the interpreter's callbacks compute with jax, and can lock up with what is dispatched meanwhile.
+    wide_q, wide = jax.block_until_ready(run(jnp.zeros((L, 2, P, K, S, H), jnp.bfloat16), *args))
     scales = jnp.asarray(rng.uniform(0.02, 2, (2, K)), jnp.float32) if has_scales else None
     cache = jnp.full((L, 2, P, K, S, H), 0x7F, jnp.uint8)  # NaN
     q, narrow = run(cache, *args, scales, dtype=jnp.bfloat16)
