@@ -35,7 +35,8 @@ def test_options_are_up_to_date() -> None:
 
 def test_commands() -> None:
     assert command("start-command").endswith("install pip . && .venv/bin/qjax serve")
-    assert command("test-command").endswith("install pip -e '.[test,aot]' && .venv/bin/python -m pytest -n 2 --dist loadfile")
+    tests = ".venv/bin/python -m pytest -n 2 --dist loadfile"
+    assert command("test-command").endswith(f"install pip -e '.[test,aot]' && {tests}")
     for line in (command("start-command"), command("test-command")):
         assert subprocess.run(["bash", "-n", "-c", line]).returncode == 0
 
