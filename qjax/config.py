@@ -116,6 +116,13 @@ class EngineConfig:
         None, "Tokens in a KV page: 16, 32, 64 or 128 [GPU 64, CPU 16]", group="Memory", metavar="TOKENS"
     )
     enable_prefix_caching: bool = option(True, "Keep pages of earlier prompts for later ones", group="Memory")
+    kv_offloading_size: float | None = option(
+        None,
+        "GiB of the host's memory, for all devices together, that keep KV pages the devices have no room for",
+        group="Memory",
+        metavar="GIB",
+    )
+    kv_offloading_backend: Literal["native"] = option("native", "What keeps them: qjax itself", group="Memory")
 
     max_num_seqs: int | None = option(None, "Requests that run at a time [GPU 256, CPU 32]", group="Scheduler")
     max_num_batched_tokens: int | None = option(
@@ -158,6 +165,8 @@ class EngineConfig:
             raise ValueError(f"gpu_memory_utilization must be in (0, 1], got {self.gpu_memory_utilization}.")
         if self.block_size not in (None, 16, 32, 64, 128):
             raise ValueError(f"block_size must be 16, 32, 64 or 128, got {self.block_size}.")
+        if self.kv_offloading_size is not None:
+            self._check_offloading(self.kv_offloading_size)
         for name in ("max_num_seqs", "max_num_batched_tokens", "tensor_parallel_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -172,6 +181,14 @@ class EngineConfig:
             raise ValueError(
                 f"max_logprobs must be at least 0, or -1 for the whole vocabulary, got {self.max_logprobs}."
             )
+
+    def _check_offloading(self, size: float) -> None:
+        if not 0 < size < float("inf"):
+            raise ValueError(f"kv_offloading_size must be more than 0 GiB, got {size}.")
+        if not self.enable_prefix_caching:
+            raise ValueError("kv_offloading_size keeps pages of the prefix cache: it needs enable_prefix_caching.")
+        if self.nnodes != 1:
+            raise ValueError(f"kv_offloading_size is not supported with several hosts (nnodes={self.nnodes}).")
 
 
 @dataclass(frozen=True, kw_only=True)

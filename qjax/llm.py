@@ -294,9 +294,9 @@ class LLM:
         """The model's own defaults, from `generation_config.json`."""
         return SamplingParams.from_defaults(self.engine.default_sampling_params)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets the pages kept from earlier prompts."""
-        return self.engine.reset_prefix_cache()
+    def reset_prefix_cache(self, reset_connector: bool = False) -> bool:
+        """Forgets the pages kept from earlier prompts, with `reset_connector` also those in the host's memory."""
+        return self.engine.reset_prefix_cache(reset_connector)
 
     def _params_for(
         self, given: SamplingParams | Sequence[SamplingParams] | None, count: int

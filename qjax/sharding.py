@@ -115,6 +115,11 @@ def kv_cache_sharding(mesh: Mesh) -> NamedSharding:
     return named_sharding(mesh, *KV_CACHE_AXES)
 
 
+def kv_page_sharding(mesh: Mesh) -> NamedSharding:
+    """Of a page of the cache [L, 2, K, S, H], split on K."""
+    return named_sharding(mesh, *(axis for axis in KV_CACHE_AXES if axis != "pages"))
+
+
 def on_devices(mesh: Mesh, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an abstract array with its sharding bound to the mesh's devices."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))

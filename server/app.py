@@ -49,7 +49,7 @@ from qjax.server.responses import responses
 from qjax.server.responses_protocol import ResponsesRequest
 from qjax.server.routes import Route, add_routes
 from qjax.server.state import STATE, ServerState
-from qjax.server.status import health, load, metrics, model, models, reset_prefix_cache, version
+from qjax.server.status import ResetQuery, health, load, metrics, model, models, reset_prefix_cache, version
 from qjax.server.tokens import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, detokenize, tokenize
 
 PROBE: dict[str, Any] = {"answer": HEALTH, "other_answers": {503: HEALTH}, "needs_engine": False, "is_open": True}
@@ -84,7 +84,7 @@ ROUTES = [
     Route("GET", "/version", version, "The server's version", answer=VERSION, needs_engine=False),
     Route("GET", "/metrics", metrics, "Counters and latencies for Prometheus", answer="text/plain"),
     Route("GET", "/load", load, "How many requests are being served", answer=LOAD, needs_engine=False),
-    Route("POST", "/reset_prefix_cache", reset_prefix_cache, "Forget cached prompts", answer=SUCCESS),
+    Route("POST", "/reset_prefix_cache", reset_prefix_cache, "Forget cached prompts", answer=SUCCESS, query=ResetQuery),
     Route("POST", "/abort_requests", abort_requests, "End requests by their ids", AbortRequest, ABORTED),
     Route("POST", "/sleep", sleep, "Give the device's memory back", answer=SLEEP, query=SleepQuery, is_dev=True),
     Route("POST", "/wake_up", wake_up, "Take it again", answer=AWAKE, query=WakeUpQuery, is_dev=True),

@@ -82,12 +82,16 @@ def parse[T](cls: type[T], body: Any, where: str = "") -> T:
 
 
 def parse_query[T](cls: type[T], query: MultiMapping[str]) -> T:
-    """`parse` for what stands behind the ? of a URL: digits are a number, and a list is its name several times."""
+    """`parse` for what stands behind the ? of a URL: digits are a number, true and false what they say, and a list is
+    its name several times."""
     hints = _hints(cls)  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for name in query:
         texts = query.getall(name)
         is_list = any(get_origin(part) is list for part in (hints.get(name), *get_args(hints.get(name))))
+        if hints.get(name) is bool:
+            values[name] = {"true": True, "false": False}.get(texts[-1].lower(), texts[-1])
+            continue
         values[name] = texts if is_list else int(texts[-1]) if re.fullmatch("-?[0-9]{1,18}", texts[-1]) else texts[-1]
     return parse(cls, values)
 

@@ -1,11 +1,13 @@
 """What is not generation: health, version, and the list of models."""
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
 
 from qjax.server.errors import RETRY_AFTER_SECONDS
+from qjax.server.schema import body_field, parse_query
 from qjax.server.state import STATE, ServerState
 from qjax.server.version import VERSION
 
@@ -44,9 +46,15 @@ async def load(request: web.Request) -> web.Response:
     return web.json_response(load)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ResetQuery:
+    reset_external: bool = body_field("Also what --kv-offloading-size keeps in the host's memory", False)
+
+
 async def reset_prefix_cache(request: web.Request) -> web.Response:
     """Forgets cached prompts; `success` is false while requests hold some of their pages."""
-    return web.json_response({"success": await request.app[STATE].engine.reset_prefix_cache()})
+    query = parse_query(ResetQuery, request.query)
+    return web.json_response({"success": await request.app[STATE].engine.reset_prefix_cache(query.reset_external)})
 
 
 async def version(request: web.Request) -> web.Response:

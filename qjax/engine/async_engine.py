@@ -237,9 +237,9 @@ class AsyncEngine:
         """Ends a request; its stream gets a last delta with finish_reason "abort"."""
         self._inbox.put(lambda: self._abort_in_thread(request_id))
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forgets cached pages; False while requests hold some."""
-        return await self._call(self.engine.reset_prefix_cache)
+    async def reset_prefix_cache(self, reset_external: bool = False) -> bool:
+        """Forgets cached pages, or also the host's copies; False while requests hold some."""
+        return await self._call(lambda: self.engine.reset_prefix_cache(reset_external))
 
     async def sleep(self, level: int = 1) -> None:
         """Gives the devices' memory back, see `Engine.sleep`. What still runs is aborted.

@@ -11,6 +11,9 @@ import hashlib
 from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
+
+from qjax.engine.host_cache import HostCache
 
 NULL_PAGE = 0  # padding in page tables points here; never given out
 
@@ -41,9 +44,12 @@ class BlockPool:
       num_pages: pages of the KV cache, the null page included.
       page_size: tokens in a page.
       enable_prefix_caching: when false, `register` does nothing and `find_cached` finds nothing.
+      host: is told of all pages that are known under a hash, and keeps copies. None: what is evicted is lost.
     """
 
-    def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool = True) -> None:
+    def __init__(
+        self, num_pages: int, page_size: int, enable_prefix_caching: bool = True, host: HostCache[Any] | None = None
+    ) -> None:
         if num_pages < 2 or page_size < 1:
             raise ValueError(
                 f"the KV cache has room for {num_pages} pages of {page_size} tokens, it needs at least 2: "
@@ -52,6 +58,7 @@ class BlockPool:
         self.num_pages = num_pages
         self.page_size = page_size
         self.enable_prefix_caching = enable_prefix_caching
+        self.host = host
         self._refs = [0] * num_pages
         self._free = list(range(num_pages - 1, NULL_PAGE, -1))  # a stack: low pages first
         self._cached: OrderedDict[int, None] = OrderedDict()  # pages without references, least recently used first
@@ -124,6 +131,7 @@ class BlockPool:
             if self._refs[page] == 0:
                 if page in self._hash_of:
                     self._cached[page] = None
+                    self._offer(page)
                 else:
                     self._free.append(page)
 
@@ -139,21 +147,32 @@ class BlockPool:
             return
         self._page_of[page_hash] = page_id
         self._hash_of[page_id] = page_hash
+        self._offer(page_id)
 
     def unregister(self, page_ids: Iterable[int]) -> None:
         """Makes pages unknown whose content turned out to be wrong (a request that computed NaN)."""
         for page in page_ids:
             if page in self._hash_of:
+                if self.host is not None:
+                    self.host.forget(self._hash_of[page])
                 self._forget(page)
                 if page in self._cached:
                     del self._cached[page]
                     self._free.append(page)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets all cached pages. Does nothing and returns False while any page is in use."""
+    def reset_prefix_cache(self, reset_external: bool = False) -> bool:
+        """Forgets all cached pages, with `reset_external` (vLLM's name) also the host's copies.
+
+        Does nothing and returns False while any page is in use.
+        """
         if self.num_free != self.num_usable:
             return False
-        self.unregister(list(self._cached))
+        for page in self._cached:
+            self._forget(page)
+        self._free += self._cached
+        self._cached.clear()
+        if reset_external and self.host is not None:
+            self.host.clear()
         return True
 
     def check_integrity(self, held: Iterable[int] | None = None) -> None:
@@ -184,4 +203,11 @@ class BlockPool:
             )
 
     def _forget(self, page: int) -> None:
-        del self._page_of[self._hash_of.pop(page)]
+        page_hash = self._hash_of.pop(page)
+        del self._page_of[page_hash]
+        if self.host is not None:
+            self.host.on_evicted(page_hash)
+
+    def _offer(self, page: int) -> None:
+        if self.host is not None:
+            self.host.offer(self._hash_of[page], page)

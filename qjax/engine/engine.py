@@ -76,7 +76,7 @@ class Engine:
         self.runner = make_runner(loaded)
         where = (config, loaded.folder, loaded.model_config, loaded.mesh, jnp.dtype(self.plan.dtype))
         self.sleeper = Sleeper(self.runner, partial(load_weights, *where, progress=progress))
-        self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching)
+        self.pool = BlockPool(self.plan.num_pages, self.plan.page_size, config.enable_prefix_caching, loaded.host_cache)
         self.scheduler = Scheduler(
             SchedulerConfig(
                 max_num_seqs=self.plan.max_num_seqs,
@@ -90,7 +90,7 @@ class Engine:
         )
         self.recovery = Recovery(self.scheduler, self.runner)
         self.grammars = GrammarCompiler(self.tokenizer, self.model_config.vocab_size, self.eos_token_ids)
-        self.metrics = Metrics(config.model, self.plan.max_model_len)
+        self.metrics = Metrics(config.model, self.plan.max_model_len, loaded.host_cache)
         self._groups: dict[str, Group] = {}
         self._answers: dict[str, tuple[Group, Answer]] = {}  # by the sequence's own id
         self._flight: InFlight | None = None
@@ -357,9 +357,9 @@ class Engine:
                 del self._answers[answer.request.request_id]
         return output
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets all cached pages. False while requests hold some."""
-        return self.pool.reset_prefix_cache()
+    def reset_prefix_cache(self, reset_external: bool = False) -> bool:
+        """Forgets all cached pages, or also the host's copies of them. False while requests hold some."""
+        return self.pool.reset_prefix_cache(reset_external)
 
     def update_weights(self, params: Sequence[jax.Array]) -> None:
         """Puts other weights into the running engine, on the devices; forgets the prefix cache made with the old ones.
@@ -373,7 +373,7 @@ class Engine:
         self._settle("update_weights", "their answers would be of two models")
         self.sleeper.check_awake("weights")
         update(self.runner, params)
-        self.reset_prefix_cache()
+        self.reset_prefix_cache(reset_external=True)
 
     def sleep(self, level: int = 1) -> None:
         """Gives the devices' memory back. Level 1 keeps the weights in the host's memory, level 2 does not.

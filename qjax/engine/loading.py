@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from qjax.checkpoint.kv_scales import has_kv_scales
 from qjax.checkpoint.pooling import Pooling, find_pooling, score_weight
 from qjax.checkpoint.safetensors import dummy_params, full_names, load_params, open_folder
 from qjax.config import EngineConfig
+from qjax.engine.host_cache import HostCache
 from qjax.engine.hosts import Followers, Leader, join
 from qjax.engine.memory import Device, Plan, plan
 from qjax.models.config import ModelConfig, apply_overrides
@@ -43,6 +45,7 @@ class Loaded:
     pooling: Pooling | None = None  # None: it generates
     score_weight: np.ndarray | None = None  # float32 [D] of a converted reranker
     hosts: Followers | Leader | None = None  # None: there is one host
+    host_cache: HostCache[jax.Array] | None = None  # of KV pages in the host's memory
 
 
 def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None]) -> Loaded:
@@ -95,6 +98,7 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     return Loaded(
         *(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight),
         hosts=hosts,
+        host_cache=HostCache(sizes.num_host_pages, sizes.host_page_bytes) if sizes.num_host_pages else None,
     )
 
 
@@ -129,6 +133,8 @@ def start_devices(config: EngineConfig) -> list[jax.Device]:
     """The devices of the mesh, as many of each host. Sets the share of memory and the compile cache, which count from
     jax's start on."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.gpu_memory_utilization:.3f}")
+    if config.kv_offloading_size is not None:  # of what jax may pin, 64 GiB by default are for its own transfers
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(64 + math.ceil(config.kv_offloading_size)))
     cache = config.compilation_cache_dir or os.path.join(
         os.environ.get("QJAX_CACHE_DIR", os.path.expanduser("~/.cache/qjax")), "xla"
     )

@@ -17,6 +17,7 @@ import numpy as np
 from qjax.config import EngineConfig
 from qjax.engine.buckets import Bucket
 from qjax.engine.hosts import Followers, HostLostError, Leader, Message, exit_now, find_place
+from qjax.engine.kv_offload import OffloadingRunner
 from qjax.engine.loading import Loaded, load
 from qjax.engine.runner import Runner
 from qjax.engine.step import StepOptions
@@ -69,6 +70,8 @@ def make_runner(loaded: Loaded) -> Runner:
         raise ValueError("this host follows host 0: run `qjax serve --headless` with its --node-rank here.")
     parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
     pooling = bool(loaded.pooling)
+    if loaded.host_cache is not None:
+        return OffloadingRunner(*parts, pooling=pooling, host_cache=loaded.host_cache)
     if loaded.hosts is None:
         return Runner(*parts, pooling=pooling)
     return LeadingRunner(*parts, pooling=pooling, followers=loaded.hosts)

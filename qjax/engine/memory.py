@@ -14,6 +14,7 @@ CPU_KV_BYTES = 2 * GIB
 GPU_RESERVE_BYTES = GIB // 2  # GEMM workspaces, compiled code's constants, fragmentation
 MAX_PREFILLS = 64  # chunks of prompts in one step
 GPU_BYTES_PER_MS = 3e9  # that an H100 reads
+STAGED_LOADS = 32  # KV pages on their way from the host to the devices at a time
 HOST_MS = 4  # that the host takes for a step of many requests: a shorter one would wait for it
 
 
@@ -45,6 +46,10 @@ class Plan:
     kv_bytes: int
     kv_bytes_per_token: int
     budget_bytes: int | None
+    num_host_pages: int = 0  # of all devices together, in the host's memory (--kv-offloading-size)
+    host_page_bytes: int = 0
+
+    num_staged_pages: int = 0  # that are on their way there at a time
 
     @property
     def pages_per_sequence(self) -> int:
@@ -73,7 +78,12 @@ class Plan:
             f"{self.kv_capacity_tokens / self.max_model_len:.1f} requests of the full length of {self.max_model_len}; "
             f"the longest context that fits: {self.longest_context}; "
             f"up to {self.max_num_seqs} requests at a time, {self.max_num_batched_tokens} tokens a step"
+            + (f"\n{self._host_line()}" if self.num_host_pages else "")
         )
+
+    def _host_line(self) -> str:
+        size = self.num_host_pages * self.host_page_bytes / GIB
+        return f"KV cache in the host's memory: {self.num_host_pages} pages = {size:.2f} GiB"
 
 
 def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
@@ -99,6 +109,18 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
     activations = _activation_bytes(model, ITEMSIZE[dtype], tp, max_num_seqs, max_num_batched_tokens)
     # With more devices than KV heads, each head is kept on several devices.
     per_token = model.kv_bytes_per_token(ITEMSIZE[kv_dtype]) * max(tp // model.num_key_value_heads, 1) // tp
+
+    num_host_pages, staged = 0, 0
+    if config.kv_offloading_size is not None:
+        num_host_pages = int(config.kv_offloading_size * GIB) // (per_token * page_size * tp)
+        if num_host_pages < 1:
+            raise ValueError(
+                f"kv_offloading_size={config.kv_offloading_size} GiB holds no page of the KV cache, "
+                f"{per_token * page_size * tp} bytes: raise it."
+            )
+        staged = max_num_batched_tokens // page_size + max_num_seqs  # what a step can complete
+        if is_gpu:
+            activations += (staged + STAGED_LOADS) * page_size * per_token
 
     budget = device.memory_bytes
     kv = config.kv_cache_memory_bytes
@@ -148,6 +170,9 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
         kv_bytes=num_pages * page_size * per_token,
         kv_bytes_per_token=per_token,
         budget_bytes=budget,
+        num_host_pages=num_host_pages,
+        host_page_bytes=per_token * page_size * tp,
+        num_staged_pages=staged,
     )
 
 

@@ -8,12 +8,14 @@ import time
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from qjax.engine.host_cache import HostCache
 from qjax.engine.request import Request
 
 TTFT_BUCKETS = (
@@ -33,7 +35,7 @@ LATENCY_BUCKETS = (
 class Metrics:
     """Counters of one engine; all carry the labels `model_name` and `engine`."""
 
-    def __init__(self, model_name: str, max_model_len: int):
+    def __init__(self, model_name: str, max_model_len: int, host_cache: HostCache[Any] | None = None):
         self.registry = CollectorRegistry()
         label = {"model_name": model_name, "engine": "0"}
         names = list(label)
@@ -48,6 +50,13 @@ class Metrics:
         self._generation_tokens = make(Counter, "vllm:generation_tokens", "Tokens generated.")
         self._cache_queries = make(Counter, "vllm:prefix_cache_queries", "Prompt tokens looked up.")
         self._cache_hits = make(Counter, "vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._has_host_cache = host_cache is not None
+        if host_cache is not None:
+            self._external_queries = make(
+                Counter, "vllm:external_prefix_cache_queries", "Prompt tokens looked up in the host's memory."
+            )
+            self._external_hits = make(Counter, "vllm:external_prefix_cache_hits", "Prompt tokens found there.")
+            self.registry.register(_HostCacheCounts(host_cache, label))
         self._preemptions = make(Counter, "vllm:num_preemptions", "Times a request lost its pages to another.")
         self._success = Counter(
             "vllm:request_success", "Requests that ended.", [*names, "finished_reason"], registry=self.registry
@@ -118,7 +127,11 @@ class Metrics:
         num_prompt = len(request.prompt_token_ids)
         self._prompt_tokens.inc(num_prompt)
         self._cache_queries.inc(num_prompt)
-        self._cache_hits.inc(request.num_cached_tokens)
+        num_here = request.num_cached_tokens - request.num_loaded_tokens
+        self._cache_hits.inc(num_here)
+        if self._has_host_cache:
+            self._external_queries.inc(num_prompt - num_here)
+            self._external_hits.inc(request.num_loaded_tokens)
         if request.first_scheduled_time is not None:
             self._queue.observe(request.first_scheduled_time - request.arrival_time)
 
@@ -156,6 +169,28 @@ class _CountedHistogram(Collector):
         buckets = list(zip(map(floatToGoString, self._bounds), accumulate(self._counts), strict=True))
         family.add_metric(list(self._label.values()), buckets, self._sum)
         yield family
+
+
+class _HostCacheCounts(Collector):
+    """What a host cache has counted, read when somebody asks."""
+
+    def __init__(self, host_cache: HostCache[Any], label: dict[str, str]):
+        self._cache, self._label = host_cache, label
+
+    def collect(self) -> Iterator[Metric]:
+        cache, names = self._cache, list(self._label)
+        stored, loaded = cache.num_stored * cache.page_bytes, cache.num_loaded * cache.page_bytes
+        families: list[tuple[CounterMetricFamily | GaugeMetricFamily, float]] = [
+            (CounterMetricFamily("vllm:kv_offload_store_bytes", "Copied to the host's memory.", labels=names), stored),
+            (CounterMetricFamily("vllm:kv_offload_load_bytes", "Copied from there.", labels=names), loaded),
+            (
+                GaugeMetricFamily("qjax:kv_offload_usage_perc", "Share of it that is full, 0 to 1.", labels=names),
+                len(cache) / cache.capacity,
+            ),
+        ]
+        for family, value in families:
+            family.add_metric(list(self._label.values()), value)
+            yield family
 
 
 def _one_two_five(limit: int) -> list[float]:

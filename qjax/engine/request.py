@@ -53,6 +53,7 @@ class Request:
     page_ids: list[int] = field(default_factory=list)
     slot: int | None = None  # row in the device's per-request state while RUNNING
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache when first scheduled
+    num_loaded_tokens: int = 0  # those of them that the host's memory had
     num_preemptions: int = 0
     arrival_order: int = 0  # set by the scheduler: its n-th request
     has_device_token: bool = False  # the last token was sampled in the present slot, so the device knows it

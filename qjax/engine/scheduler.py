@@ -293,24 +293,42 @@ class Scheduler:
             self.pool.free(cached)
             return False
         request.page_ids = cached + self.pool.allocate(num_new)
-        request.num_registered_pages = len(cached)
-        request.num_computed_tokens = len(cached) * self.pool.page_size
+        num_loaded = self._load(request, len(cached))
+        request.num_registered_pages = len(cached) + num_loaded
+        request.num_computed_tokens = request.num_registered_pages * self.pool.page_size
         request.slot = heapq.heappop(self._free_slots)
         request.status = RequestStatus.RUNNING
         if request.first_scheduled_time is None:
             request.first_scheduled_time = time.monotonic()
             request.num_cached_tokens = request.num_computed_tokens
+            request.num_loaded_tokens = num_loaded * self.pool.page_size
         self._remove(self.waiting, request)
         insort(self.running, request, key=self._rank)
         return True
 
     def _find_cached(self, request: Request) -> list[int]:
-        """Cached pages of the request's longest prefix, short of its last token, which must be computed."""
+        """Cached pages of the request's longest prefix."""
+        return self.pool.find_cached(self._prefix_hashes(request))
+
+    def _load(self, request: Request, num_cached: int) -> int:
+        """Takes what the host has of the prefix behind the cached pages: copied in before the step. Returns how many
+        pages; they are known on the device from now on."""
+        host, hashes = self.pool.host, self._prefix_hashes(request)[num_cached:]
+        if host is None or not (num := host.count(hashes)):
+            return 0
+        page_ids = request.page_ids[num_cached : num_cached + num]
+        host.load(hashes[:num], page_ids)
+        for page, page_hash in zip(page_ids, hashes[:num], strict=True):
+            self.pool.register(page, page_hash)
+        return num
+
+    def _prefix_hashes(self, request: Request) -> list[bytes]:
+        """Of the full pages that may be reused: short of the last token, which must be computed."""
         if not self.pool.enable_prefix_caching or request.params.prompt_logprobs is not None:
             return []
         num_full = (request.num_known_tokens - 1) // self.pool.page_size
         self._hash_pages(request, num_full)
-        return self.pool.find_cached(request.page_hashes[:num_full])
+        return request.page_hashes[:num_full]
 
     def _hash_pages(self, request: Request, num_pages: int) -> None:
         size = self.pool.page_size

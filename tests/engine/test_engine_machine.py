@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from qjax.engine.block_pool import BlockPool
+from qjax.engine.host_cache import HostCache
 from qjax.engine.request import Request, RequestStatus
 from qjax.engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
 from qjax.sampling_params import SamplingParams
@@ -124,10 +125,15 @@ class EngineMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         enable_prefix_caching=st.sampled_from([True, True, True, False]),
         depth=st.sampled_from([1, 2, 2, 2, 3]),
+        host_pages=st.sampled_from([None, 2, 8, 60, 60]),
+        most_stores=st.sampled_from([None, None, 0, 1, 3]),
     )
-    def start(self, page_size, num_pages, enable_prefix_caching, depth, **limits):
+    def start(self, page_size, num_pages, enable_prefix_caching, depth, host_pages, most_stores, **limits):
         self.config = SchedulerConfig(**limits)
-        self.pool = BlockPool(num_pages, page_size, enable_prefix_caching)
+        self.host = HostCache(host_pages) if host_pages and enable_prefix_caching else None
+        self.most_stores = most_stores  # pages that are copied to the host in one step
+        self.stored: deque[list] = deque()  # what was copied before each step in flight
+        self.pool = BlockPool(num_pages, page_size, enable_prefix_caching, self.host)
         self.scheduler = Scheduler(self.config, self.pool)
         self.device = FakeDevice(page_size, num_pages, self.config.max_num_seqs)
         self.depth = depth  # steps in flight at a time; 1: each step is read before the next is scheduled
@@ -196,12 +202,16 @@ class EngineMachine(RuleBasedStateMachine):
         if may_run and not self.in_flight:
             assert not batch.is_empty, "somebody could run, but nobody does"
         if not batch.is_empty:
+            self.copy_pages()
             self.in_flight.append((batch, self.device.run(batch)))
 
     @rule()
     @precondition(lambda self: self.in_flight)
     def read(self):
         batch, sampled = self.in_flight.popleft()
+        if self.host is not None:
+            self.host.on_step_read()
+            self.stored.popleft()
         was_open = [self.lives[chunk.request].end is None for chunk in batch.sampling]
         accepted = self.scheduler.update(batch, sampled)
         requests = [chunk.request for chunk in batch.sampling]
@@ -210,6 +220,18 @@ class EngineMachine(RuleBasedStateMachine):
             if token >= 0:
                 self.lives[request].tokens.append(token)
         self.note_ends()
+
+    def copy_pages(self):
+        """Between the device and the host, before a step."""
+        if self.host is None:
+            return
+        stores = self.host.take_stores(self.most_stores)
+        stored = [(page_hash, list(self.device.pages[page])) for page_hash, page in stores]
+        assert not any(None in content for _, content in stored)
+        self.host.store(stored)
+        self.stored.append([content for _, content in stored])
+        for page, content in self.host.take_loads():
+            self.device.pages[page] = list(content)
 
     @rule(n=st.integers(1, 8))
     def run_steps(self, n):
@@ -232,12 +254,19 @@ class EngineMachine(RuleBasedStateMachine):
         self.scheduler.max_running = min(largest, self.config.max_num_seqs)
         assert self.pool.num_free == self.pool.num_usable and self.scheduler.num_running == 0
         self.device = FakeDevice(self.pool.page_size, self.pool.num_pages, self.config.max_num_seqs)
+        if self.host is not None:
+            for content in (content for contents in self.stored for content in contents):
+                content[:] = [None] * self.pool.page_size  # copied from what the lost steps may have spoiled
+            self.stored.clear()
+            self.host.on_device_lost()
         for request in self.lives:
             self.device.texts[request] = request.tokens(0, request.num_known_tokens)
 
-    @rule()
-    def reset_prefix_cache(self):
-        assert self.pool.reset_prefix_cache() == (self.scheduler.num_running == 0)
+    @rule(reset_external=st.booleans())
+    def reset_prefix_cache(self, reset_external):
+        is_reset = self.pool.reset_prefix_cache(reset_external)
+        assert is_reset == (self.scheduler.num_running == 0)
+        assert not (is_reset and reset_external and self.host)
 
     def check_batch(self, batch):
         chunks = batch.decodes + batch.prefills
@@ -267,6 +296,7 @@ class EngineMachine(RuleBasedStateMachine):
     @invariant()
     def all_counts_agree(self):
         self.scheduler.check_integrity()
+        assert self.host is None or len(self.host) <= self.host.capacity
         assert self.scheduler.num_running <= self.scheduler.max_running <= self.config.max_num_seqs
         assert self.scheduler.has_work == any(life.end is None for life in self.lives.values())
 

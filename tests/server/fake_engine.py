@@ -96,7 +96,8 @@ class FakeEngine:
     def render_metrics(self) -> bytes:
         return b"vllm:generation_tokens_total 0.0\n"
 
-    async def reset_prefix_cache(self) -> bool:
+    async def reset_prefix_cache(self, reset_external: bool) -> bool:
+        self.reset_external = reset_external
         return not self._aborted
 
     async def sleep(self, level: int) -> None:

@@ -56,4 +56,7 @@ async def test_metrics_load_and_cache(start):
         assert response.status == 200 and response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
         assert b"vllm:generation_tokens_total" in await response.read()
     assert (await server.get("/load", headers=headers))[1]["server_load"] == 0
-    assert (await server.post("/reset_prefix_cache", headers=headers))[1] == {"success": True}
+    for query, reset_external in (("", False), ("?reset_external=true", True)):
+        assert (await server.post("/reset_prefix_cache" + query, headers=headers))[1] == {"success": True}
+        assert server.engine.reset_external == reset_external
+    assert (await server.post("/reset_prefix_cache?reset_external=maybe", headers=headers))[0] == 400
