@@ -11,13 +11,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qjax.cli import bench, commands, tools
+from qjax.cli import bench, commands, ray, tools
 from qjax.cli.options import Parser, refuse_unknown, with_dashes
 
 EXAMPLE = "Qwen/Qwen3-0.6B"
 EXAMPLES = {
     "serve": "an HTTP server with the small built-in Qwen3",
     f"serve {EXAMPLE}": "an HTTP server with OpenAI's API",
+    f"ray {EXAMPLE}": "replicas of it on Ray Serve",
     f"chat {EXAMPLE}": "talk to a model in this terminal",
     f'generate {EXAMPLE} "Once upon"': "continue a text",
     f"info {EXAMPLE}": "size and memory plan, without loading",
@@ -36,6 +37,7 @@ A model is a name on the Hugging Face hub or a local folder; without one, it is 
 """
 COMMANDS = {
     "serve": commands.add_serve,
+    "ray": ray.add_ray,
     "chat": commands.add_chat,
     "generate": commands.add_generate,
     "info": commands.add_info,
