@@ -244,6 +244,9 @@ class ServerConfig:
     disable_access_log_for_endpoints: list[str] = option(
         [], "Paths whose requests get no line, such as /health /metrics", group="Server", metavar="PATH"
     )
+    data_parallel_size: int = option(
+        1, "Replicas of the server on this machine, each with its own GPUs, behind one port", group="Server"
+    )
     headless: bool = option(
         False, "Serve nothing, follow host 0, as every host with another --node-rank does", group="Server"
     )
@@ -289,7 +292,8 @@ class ServerConfig:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port must be in [0, 65535], got {self.port}.")
         timeouts = ("shutdown_timeout", "watchdog_timeout", "send_timeout")
-        for name, least in (*((name, 0) for name in timeouts), ("max_header_count", 1)):
+        counts = ("max_header_count", "data_parallel_size")
+        for name, least in (*((name, 0) for name in timeouts), *((name, 1) for name in counts)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")
         if self.max_num_queued_reqs is not None and self.max_num_queued_reqs < 0:

@@ -43,6 +43,11 @@ class LLM:
     """
 
     def __init__(self, model: str = BUILTIN_MODEL, **options: Any):
+        if options.pop("data_parallel_size", 1) != 1:
+            raise ValueError(
+                "data_parallel_size: an LLM is one engine. Start a process with an LLM for each group of GPUs "
+                "(CUDA_VISIBLE_DEVICES) and give each a part of the prompts, or `qjax serve --data-parallel-size`."
+            )
         self.engine = make_engine(EngineConfig(model=str(model), **options))
         self._ids = itertools.count()
 

@@ -6,11 +6,13 @@ While a request of the server is handled, `request_id` has its id, and every lin
 import contextvars
 import json
 import logging
+import os
 from datetime import UTC, datetime
 from typing import Literal
 
 request_id: contextvars.ContextVar[str | None] = contextvars.ContextVar("request_id", default=None)
 
+REPLICA = "QJAX_REPLICA"  # of the environment: which replica of a server this process is
 TEXT = "%(asctime)s %(levelname)s %(message)s"
 # What every record has; the rest came in by `extra` and is part of the line as JSON.
 _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -34,6 +36,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "message": record.getMessage(),
+            "replica": os.environ.get(REPLICA),
             "request_id": request_id.get(),
             **{name: value for name, value in vars(record).items() if name not in _KNOWN},
         }
@@ -45,6 +48,8 @@ class JsonFormatter(logging.Formatter):
 
 def set_format(form: Literal["text", "json"]) -> None:
     """Of all lines from now on."""
-    formatter = JsonFormatter() if form == "json" else TextFormatter(TEXT)
+    replica = os.environ.get(REPLICA)
+    text = TEXT if replica is None else TEXT.replace("%(message)s", f"[replica {replica}] %(message)s")
+    formatter = JsonFormatter() if form == "json" else TextFormatter(text)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(formatter)

@@ -30,6 +30,7 @@ class Record:
     Attributes:
       first_token: when it was there, in time.monotonic's seconds.
       error: why it failed, also where its stream had begun with status 200.
+      is_elsewhere: the replica that has the request writes its line.
     """
 
     prompt_tokens: int = 0
@@ -39,6 +40,7 @@ class Record:
     finish_reasons: list[str] = field(default_factory=list)
     error: str | None = None
     is_gone: bool = False
+    is_elsewhere: bool = False
     _prompts: set[str] = field(default_factory=set)
 
     def add(self, output: RequestOutput) -> None:
@@ -85,7 +87,8 @@ def access_log_middleware(config: ServerConfig):
             raise
         finally:
             record.error = record.error or request.get(FAILURE)
-            if not config.disable_uvicorn_access_log and request.path not in hidden:
+            is_hidden = config.disable_uvicorn_access_log or request.path in hidden or record.is_elsewhere
+            if not is_hidden:
                 _write(request, record, status, began)
             _record.reset(record_token)
             request_id.reset(id_token)
@@ -93,9 +96,14 @@ def access_log_middleware(config: ServerConfig):
     return write_line
 
 
+def client_of(request: web.Request) -> str | None:
+    """Its address; behind a proxy on a unix socket, which has none, what the proxy says."""
+    return request.remote or request.headers.get("X-Forwarded-For")
+
+
 def _write(request: web.Request, record: Record, status: int, began: float) -> None:
     parts: dict[str, Any] = {
-        "client": request.remote,
+        "client": client_of(request),
         "method": request.method,
         "path": request.path,
         "status": status,
@@ -117,6 +125,6 @@ def _write(request: web.Request, record: Record, status: int, began: float) -> N
     path = request.path if request.path.isprintable() else ascii(request.path)
     log.info(
         "%s %s %s %d %s%s",
-        *(request.remote or "-", request.method, path, status, rest, error),
+        *(parts["client"] or "-", request.method, path, status, rest, error),
         extra=parts,
     )

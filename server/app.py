@@ -94,14 +94,25 @@ ROUTES = [
 
 
 def make_app(state: ServerState) -> web.Application:
-    config = state.config
-    routes = ROUTES + PAGE_ROUTES if config.enable_chat_page else ROUTES
+    return assemble(routes_of(state.config), state.config, STATE, state)
+
+
+def routes_of(config: ServerConfig) -> list[Route]:
+    return ROUTES + PAGE_ROUTES if config.enable_chat_page else ROUTES
+
+
+def assemble[T](routes: list[Route], config: ServerConfig, key: web.AppKey[T], shared: T) -> web.Application:
+    """The routes, and what holds for all of them.
+
+    Args:
+      shared: what the handlers find in the application under `key`.
+    """
     prefixes = {"", config.root_path}  # a proxy may have cut its prefix off, or not
     open_paths = {prefix + route.path for prefix in prefixes for route in routes if route.is_open}
     app = web.Application(
         middlewares=[access_log_middleware(config), error_middleware], client_max_size=config.max_body_size
     )
-    app[STATE] = state
+    app[key] = shared
     described = [route for route in ROUTES if config.server_dev_mode or not route.is_dev]
     app[OPENAPI] = describe(described, config.root_path, bool(api_keys(config)))
     app.middlewares.append(messages_error_middleware)

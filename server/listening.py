@@ -21,6 +21,8 @@ from qjax.server.request_id import HEADER, request_id_of
 
 log = logging.getLogger("qjax.server")
 
+BACKLOG = 2048  # connections that may wait while Python is busy: hundreds of clients come at once
+
 
 @dataclass(frozen=True)
 class Address:
@@ -60,12 +62,12 @@ async def listen(runner: web.AppRunner, config: ServerConfig) -> Address:
     context = ssl_context(config)
     if config.uds is not None:
         try:
-            await web.UnixSite(runner, config.uds, ssl_context=context).start()
+            await web.UnixSite(runner, config.uds, ssl_context=context, backlog=BACKLOG).start()
         except OSError as error:
             raise ValueError(f"cannot listen on the unix socket {config.uds} (--uds): {error}.") from None
         return Address("https://localhost" if context else "http://localhost", config.uds)
     try:
-        await web.TCPSite(runner, config.host, config.port, ssl_context=context).start()
+        await web.TCPSite(runner, config.host, config.port, ssl_context=context, backlog=BACKLOG).start()
     except OSError as error:
         raise ValueError(
             f"cannot listen on {config.host}, port {config.port}: {error.strerror or error}. "

@@ -80,6 +80,7 @@ WITHOUT_JAX = (
     "qjax.collect_env",
     "qjax.bench.config",
     "qjax.bench.serve",
+    "qjax.server.front.lifecycle",
 )
 
 

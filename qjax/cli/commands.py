@@ -41,9 +41,16 @@ def add_serve(commands: Any) -> None:
 def _serve(args: argparse.Namespace) -> int | None:
     config, server_config = read_engine_config(args), read_config(ServerConfig, args)
     from qjax import logs
-    from qjax.server import lifecycle
+    from qjax.server.front import child
 
     logs.set_format(server_config.log_format)
+    child.follow_front()
+    if server_config.data_parallel_size > 1:
+        from qjax.server.front import lifecycle as front
+
+        return front.run(config, server_config)
+    from qjax.server import lifecycle
+
     return lifecycle.run(config, server_config)
 
 

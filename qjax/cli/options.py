@@ -17,7 +17,7 @@ from qjax.config import (
     kind_of,
 )
 
-ALIASES = {"tensor_parallel_size": ["-tp"], "quantization": ["-q"]}
+ALIASES = {"tensor_parallel_size": ["-tp"], "data_parallel_size": ["-dp"], "quantization": ["-q"]}
 SAMPLING: dict[str, tuple[Callable[[str], Any], str, str]] = {
     "temperature": (float, "NUMBER", "0: always the likeliest token"),
     "top_p": (float, "SHARE", "Sample from the likeliest tokens that make up this share"),

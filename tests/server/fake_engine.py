@@ -6,6 +6,7 @@ Run as a program it is a server for the tests of signals and of the engine's dea
 import asyncio
 import logging
 import math
+import os
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -94,7 +95,7 @@ class FakeEngine:
         self.phase, self.error = "failed", RuntimeError("the GPU at /dev/secret fell off the bus")
 
     def render_metrics(self) -> bytes:
-        return b"vllm:generation_tokens_total 0.0\n"
+        return b"# HELP vllm:generation_tokens_total Tokens.\nvllm:generation_tokens_total 0.0\n"
 
     async def reset_prefix_cache(self, reset_external: bool) -> bool:
         self.reset_external = reset_external
@@ -226,7 +227,7 @@ class FakeEngine:
 
 def main(folder: str, delay: str, *options: str) -> int:
     """A server of a fake engine that writes for ever. Options: `die` after 20 tokens, `load` for ever, `hang` in a
-    step, `short` answers and every endpoint.
+    step, `short` answers and every endpoint, a time-out in seconds, the path of a unix `.sock`.
     """
     from qjax.server.lifecycle import run_engine
 
@@ -240,8 +241,16 @@ def main(folder: str, delay: str, *options: str) -> int:
         threading.Thread(target=threading.Event().wait).start()  # Python would wait for it
     engine.fail_after = 20 if "die" in options else None
     timeout = next((float(o) for o in options if o.replace(".", "").isdigit()), 30.0)
-    config = ServerConfig(host="127.0.0.1", port=0, shutdown_timeout=timeout, server_dev_mode="short" in options)
+    uds = next((option for option in options if option.endswith(".sock")), None)
+    is_dev = "short" in options
+    config = ServerConfig(host="127.0.0.1", port=0, uds=uds, shutdown_timeout=timeout, server_dev_mode=is_dev)
     return run_engine(engine, config)
+
+
+def run_forked(*arguments: str) -> None:
+    """`main` in a fork: a session of its own, and an exit code."""
+    os.setsid()
+    sys.exit(main(*arguments))
 
 
 if __name__ == "__main__":
