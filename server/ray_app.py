@@ -10,11 +10,10 @@ import os
 import signal
 import threading
 import time
-from dataclasses import fields
 from typing import Any
 
 from qjax.config import EngineConfig, ServerConfig
-from qjax.server.ray_config import RayConfig, check_fits_ray
+from qjax.server.ray_config import RayConfig, check_fits_ray, read_args
 
 try:
     import ray
@@ -45,11 +44,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     Raises:
       ValueError: an unknown option, or a wrong value.
     """
-    names = {config: {f.name for f in fields(config)} for config in (EngineConfig, ServerConfig, RayConfig)}
-    if unknown := sorted(args.keys() - set().union(*names.values())):
-        raise ValueError(f"unknown options in args: {', '.join(unknown)}.")
-    engine, server, options = (config(**{n: v for n, v in args.items() if n in names[config]}) for config in names)
-    return make_app(engine, server, options)  # type: ignore[arg-type]
+    return make_app(*read_args(args))
 
 
 def make_app(engine: EngineConfig, server: ServerConfig, options: RayConfig) -> serve.Application:

@@ -1,6 +1,8 @@
 """The options of replicas on Ray Serve, under Ray's own names. Imports no Ray."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 from qjax.config import EngineConfig, ServerConfig, coerce_fields, option
 
@@ -73,3 +75,17 @@ def check_fits_ray(engine: EngineConfig, server: ServerConfig) -> None:
             raise ValueError(f"{name} must be 1 on Ray Serve: a replica is one engine on one host (--max-replicas).")
     if server.port == 0:
         raise ValueError("port must be a fixed one on Ray Serve, got 0.")
+
+
+def read_args(args: Mapping[str, Any]) -> tuple[EngineConfig, ServerConfig, RayConfig]:
+    """The options of one flat mapping, by the names of their fields.
+
+    Raises:
+      ValueError: an unknown option, or a wrong value.
+    """
+    configs = (EngineConfig, ServerConfig, RayConfig)
+    names = [{f.name for f in fields(config)} for config in configs]
+    if unknown := sorted(args.keys() - set().union(*names)):
+        raise ValueError(f"unknown options in args: {', '.join(unknown)}.")
+    engine, server, ray = ({n: v for n, v in args.items() if n in known} for known in names)
+    return EngineConfig(**engine), ServerConfig(**server), RayConfig(**ray)
