@@ -16,6 +16,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from qjax.kernels.elementwise import sum_parts
+from qjax.kernels.tiles import swiglu
+
 NUM_SMS = 132  # of an H100 or H200; only a guide for how to cut the work
 MAX_ROWS = 256
 # Cuts with sharers or joined parts and gated products were compiled for an H100 and, but for the joined, interpreted.
@@ -122,7 +125,13 @@ def small_matmul_mosaic(
     (M, D), N = x.shape, w.shape[1]
     if x.dtype not in (jnp.bfloat16, jnp.float16) or w.dtype != x.dtype:
         raise NotImplementedError(f"the kernel multiplies bfloat16 or float16, not {x.dtype} and {w.dtype}")
-    cut = cut or plan(M, D, N, x.dtype.itemsize, is_gated)
+    if cut is None:
+        try:
+            cut = plan(M, D, N, x.dtype.itemsize, is_gated)
+        except NotImplementedError:
+            if not is_gated:
+                raise
+            return swiglu(sum_parts(small_matmul_mosaic(x, w, interpret=interpret), x.dtype))[None]
     if interpret and cut.is_joined:
         raise NotImplementedError("the interpreter cannot store into another block's shared memory")
     whole = 8 * cut.sharers  # rows come and go in boxes of whole 8-row tiles

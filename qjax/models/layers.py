@@ -52,6 +52,11 @@ def matmul(
     )
 
 
+def gate(gate_up: jax.Array) -> jax.Array:
+    """SwiGLU's product: [P, T, 2, F] → [P, T, F]."""
+    return jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]
+
+
 class Linear(nnx.Module):
     """x [T, *inputs] times kernel [*inputs, *outputs] (+ bias [*outputs]), in x's dtype.
 
@@ -80,19 +85,23 @@ class Linear(nnx.Module):
         y = matmul(x, self.kernel[...], self.inputs, out_sharding=out_sharding)
         return y if self.bias is None else y + self.bias[...]
 
-    def parts(self, x: jax.Array, implementation: str | None) -> jax.Array:
-        """[P, T, *outputs] that adds up to what a call gives: float32 where the sum is left to the next kernel."""
+    def parts(self, x: jax.Array, implementation: str | None, *, is_gated: bool = False) -> jax.Array:
+        """[P, T, *outputs] that adds up to what a call gives: float32 where the sum is left to the next kernel.
+
+        `is_gated`: [1, T, F] of outputs [2, F], the second times the silu of the first.
+        """
         is_split = sharding.tensor_parallel_size(jax.sharding.get_abstract_mesh()) > 1
         if implementation == "reference" or is_split or self.bias is not None:
-            return self(x)[None]
-        inputs, shape = self.axes[: len(self.inputs)], self.kernel.shape[len(self.inputs) :]
+            return gate(self(x)[None]) if is_gated else self(x)[None]
+        inputs, shape = self.axes[: len(self.inputs)], self.kernel.shape[len(self.inputs) + is_gated :]
 
         def on_device(x, kernel):
             rows = x.reshape(x.shape[0], -1)
-            parts = small_matmul(rows, kernel.reshape(rows.shape[1], -1), implementation=implementation)
+            kernel = kernel.reshape(rows.shape[1], -1)
+            parts = small_matmul(rows, kernel, is_gated=is_gated, implementation=implementation)
             return (parts.reshape(parts.shape[0], x.shape[0], *shape),)
 
-        out_axes = ("parts", "tokens", *self.out_axes)
+        out_axes = ("parts", "tokens", *self.out_axes[is_gated:])
         on_devices = sharding.per_shard(on_device, in_axes=(("tokens", *inputs), self.axes), out_axes=(out_axes,))
         return on_devices(x, self.kernel[...])[0]
 

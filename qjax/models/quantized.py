@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
-from qjax.models.layers import parameter
+from qjax.kernels.elementwise import sum_parts
+from qjax.models.layers import gate, parameter
 
 type Weights = tuple[tuple[nnx.Param, tuple[str, ...]], ...]  # parameters and the logical axes of each
 
@@ -52,9 +53,10 @@ class QuantizedLinear(nnx.Module):
         y = jnp.sum(self._parts(x, None), axis=0).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...]
 
-    def parts(self, x: jax.Array, implementation: str | None) -> jax.Array:
+    def parts(self, x: jax.Array, implementation: str | None, *, is_gated: bool = False) -> jax.Array:
         """[P, T, *outputs]: see `Linear.parts`."""
-        return self._parts(x, implementation) if self.bias is None else self(x)[None]
+        parts = self._parts(x, implementation) if self.bias is None else self(x)[None]
+        return gate(sum_parts(parts, x.dtype)[None]) if is_gated else parts
 
     def _parts(self, x: jax.Array, implementation: str | None) -> jax.Array:
         def on_device(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array]:

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
-from qjax.kernels.elementwise import sum_parts
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Embedding, Linear, RMSNorm, matmul, parameter
 from qjax.models.moe import MoEFeedForward
@@ -218,8 +217,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: jax.Array, implementation: str | None) -> jax.Array:
         """[P, T, D]: see `Linear.parts`."""
-        gate_up = sum_parts(self.gate_up_proj.parts(x, implementation), x.dtype)  # [T, 2, F]
-        return self.down_proj.parts(jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1], implementation)
+        hidden = self.gate_up_proj.parts(x, implementation, is_gated=True)[0]  # [T, F]
+        return self.down_proj.parts(hidden, implementation)
 
 
 @dataclass(frozen=True)
