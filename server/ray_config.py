@@ -6,8 +6,17 @@ from typing import Any
 
 from qjax.config import EngineConfig, ServerConfig, coerce_fields, option
 
-# Of `ServerConfig`: what one process that listens by itself has, and a replica behind Ray's proxy has not.
-NOT_ON_RAY = ("uds", "headless", "server_dev_mode", "send_timeout", "ssl_ca_certs", "ssl_cert_reqs")
+_PROXY = "requests come through Ray's own proxy"
+# Of `ServerConfig`: what means nothing to a replica behind Ray's proxy, or cannot be had there, and why.
+NOT_ON_RAY = {
+    "uds": _PROXY,
+    "send_timeout": _PROXY,
+    "ssl_ca_certs": _PROXY,
+    "ssl_cert_reqs": _PROXY,
+    "headless": "a replica is one engine on one host",
+    "data_parallel_size": "Ray keeps the replicas (--min-replicas, --max-replicas)",
+    "server_dev_mode": "a replica that sleeps would be replaced, and a new one is awake",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,12 +76,11 @@ class RayConfig:
 def check_fits_ray(engine: EngineConfig, server: ServerConfig) -> None:
     """Raises ValueError for an option that means nothing, or cannot be had, behind Ray's proxy."""
     defaults = ServerConfig()
-    for name in NOT_ON_RAY:
+    for name, reason in NOT_ON_RAY.items():
         if getattr(server, name) != getattr(defaults, name):
-            raise ValueError(f"{name} is not supported on Ray Serve: requests come through Ray's own proxy.")
-    for name in ("nnodes", "data_parallel_size"):
-        if getattr(engine, name, 1) != 1 or getattr(server, name, 1) != 1:
-            raise ValueError(f"{name} must be 1 on Ray Serve: a replica is one engine on one host (--max-replicas).")
+            raise ValueError(f"{name} is not supported on Ray Serve: {reason}.")
+    if engine.nnodes != 1:
+        raise ValueError(f"nnodes must be 1 on Ray Serve, where a replica is one engine on one host: {engine.nnodes}.")
     if server.port == 0:
         raise ValueError("port must be a fixed one on Ray Serve, got 0.")
 
