@@ -114,14 +114,19 @@ class HostCache[Page]:
         loads, self._loads = self._loads, []
         return loads
 
+    def on_step(self) -> None:
+        """A step is about to be dispatched; until it is read, nobody knows whether what is copied now is right."""
+        self._doubtful.append([])
+
     def store(self, pages: Sequence[tuple[bytes, Page]]) -> None:
-        """Takes what was copied out before the step that is dispatched now; to be called for every step."""
+        """Takes what was copied out."""
         for page_hash, page in pages:
             self._pages[page_hash] = page
             if len(self._pages) > self.capacity:
                 self._pages.popitem(last=False)
         self.num_stored += len(pages)
-        self._doubtful.append([page_hash for page_hash, _ in pages])
+        if self._doubtful:
+            self._doubtful[-1] += [page_hash for page_hash, _ in pages]
 
     def on_step_read(self) -> None:
         """The oldest step in flight has ended well, so what was copied before it is right."""

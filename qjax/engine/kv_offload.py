@@ -69,7 +69,9 @@ class OffloadingRunner(Runner):
 
     def dispatch(self, batch: ScheduledBatch) -> InFlight:
         assert self.host_cache is not None
-        self.host_cache.store(self._copy_out(self.host_cache))
+        self.host_cache.on_step()
+        if self.host_cache.num_wanted >= FEW or self.host_cache.has_last_chance:
+            self.copy_out()
         if loads := self.host_cache.take_loads():
             with jax.set_mesh(self.mesh):
                 self._copy_in(loads)
@@ -81,23 +83,22 @@ class OffloadingRunner(Runner):
         self.host_cache.on_step_read()
         return result
 
-    def _copy_out(self, host_cache: HostCache[Page]) -> list[tuple[bytes, Page]]:
-        """Starts the copies of what is to leave the device before the next step, as far as there is staging memory."""
-        if host_cache.num_wanted < FEW and not host_cache.has_last_chance:
-            return []
+    def copy_out(self) -> None:
+        """Starts the copies of what is to leave the device, as far as there is staging memory; waits for nothing."""
+        assert self.host_cache is not None
         while self._leaving and self._leaving[0][0].is_ready():  # type: ignore[attr-defined]
             self._leaving.popleft()
         limit = None
         if self.plan.is_gpu:
             limit = max(self.plan.num_staged_pages - sum(num for _, num in self._leaving), 0)
-        stores = host_cache.take_stores(limit)
+        stores = self.host_cache.take_stores(limit)
         copied: list[Page] = []
         with jax.set_mesh(self.mesh):
             for chunk in _chunks([page_id for _, page_id in stores]):
                 pages = jax.device_put(list(gather(self.kv, chunk)), self.on_host)
                 self._leaving.append((pages[-1], len(pages)))
                 copied += pages
-        return [(page_hash, page) for (page_hash, _), page in zip(stores, copied, strict=True)]
+        self.host_cache.store([(page_hash, page) for (page_hash, _), page in zip(stores, copied, strict=True)])
 
     def _copy_in(self, loads: Sequence[tuple[int, Page]]) -> None:
         staged: deque[Any] = deque()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import jax
 import numpy as np
 
+from qjax.engine.kv_offload import OffloadingRunner
 from qjax.engine.runner import Runner
 
 TAGS = ("weights", "kv_cache")  # vLLM's names of what can be woken on its own
@@ -33,6 +34,8 @@ class Sleeper:
             raise ValueError(f"level must be 1 (weights to the host's memory) or 2 (weights dropped), got {level}.")
         self.check_awake(*TAGS)
         runner = self._runner
+        if isinstance(runner, OffloadingRunner):
+            runner.copy_out()  # what the host keeps outlives sleep
         runner.drop_cache()
         leaves, runner.leaves = runner.leaves, ()
         for leaf in leaves:  # one after the other: never is more there twice than a leaf

@@ -225,6 +225,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Between the device and the host, before a step."""
         if self.host is None:
             return
+        self.host.on_step()
         stores = self.host.take_stores(self.most_stores)
         stored = [(page_hash, list(self.device.pages[page])) for page_hash, page in stores]
         assert not any(None in content for _, content in stored)

@@ -23,6 +23,7 @@ def fill(pool, tokens):
 
 def step(host, limit=None):
     """Copies what a step would: the content is the page's number. Returns the pages."""
+    host.on_step()
     stores = host.take_stores(limit)
     host.store([(page_hash, f"of {page}") for page_hash, page in stores])
     return [page for _, page in stores]
@@ -80,7 +81,7 @@ def test_a_load_keeps_what_it_loads():
 
 def test_wrong_content_is_forgotten_wherever_it_is():
     p = pool()
-    pages, hashes = fill(p, A)
+    pages, _ = fill(p, A)
     step(p.host, limit=1)
     p.unregister(pages)
     assert step(p.host) == [] and len(p.host) == 0
