@@ -26,6 +26,7 @@ from qjax.server.prefix_routing import PrefixMemory
 from scripts.simulate_serving import Replica, Steps, Talk, conversations, report, simulate
 
 NUM_TALKS = 16
+NUM_ROUNDS = 3
 TALK = Talk(system=256, question=64, answer=64, turns=3, pause=0.0)
 BATCHES = (1, 2, 4, 8)  # of a replica, whose steps are measured
 OPTIONS = ["-dp", "2", "--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "256MiB"]
@@ -72,10 +73,10 @@ class Client:
 
 
 async def measure_steps(client: Client) -> Steps:
-    """With both replicas busy, as they are later. The first round of each size compiles."""
+    """With both replicas busy, as they are later."""
     decode, length = [], TALK.system + 2 * (TALK.question + TALK.answer)
     for batch in BATCHES:
-        for _ in range(2):
+        for _ in range(2):  # the first may compile
             streams = [client.stream(client.ids(length), 64) for _ in range(2 * batch)]
             found = await asyncio.gather(*streams)
         gaps = [b - a for _, times, _ in found for a, b in itertools.pairwise(times)]
@@ -162,15 +163,15 @@ async def main() -> None:
             for replica in json.loads(await client.get("/health"))["replicas"]:
                 for task in os.listdir(f"/proc/{replica['pid']}/task"):
                     os.sched_setaffinity(int(task), {replica["replica"] % (os.cpu_count() or 1)})
-            steps = await measure_steps(client)
-            await measure(client)  # compiles what is left
-            measured = await measure(client)
-            costs = await front_costs(client, process.pid)
-        predicted = predict(steps)
-        print(f"steps: {[(b, round(s * 1e3, 2)) for b, s in steps.decode]} ms, prefill {steps.prefill * 1e3:.3f} ms")
-        for name, value in measured.items():
-            print(f"{name:18} measured {value:10.2f}  predicted {predicted[name]:10.2f}")
-        print(json.dumps({name: round(value, 1) for name, value in costs.items()}))
+            for _ in range(2):  # compiles
+                await measure(client)
+            for _ in range(NUM_ROUNDS):  # steps beside what they predict, as others may use the machine
+                steps = await measure_steps(client)
+                measured, predicted = await measure(client), predict(steps)
+                print([(b, round(s * 1e3, 2)) for b, s in steps.decode], f"ms, {steps.prefill * 1e3:.3f} ms a token")
+                for name, value in measured.items():
+                    print(f"{name:18} measured {value:10.2f}  predicted {predicted[name]:10.2f}", flush=True)
+            print(await front_costs(client, process.pid))
     finally:
         with contextlib.suppress(ProcessLookupError):
             process.send_signal(signal.SIGTERM)

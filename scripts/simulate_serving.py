@@ -213,7 +213,8 @@ def _turn(talk: Talk, number: int, turn: int, arrival: float, system: list[int],
     def following(request: Request) -> Request | None:
         if turn + 1 == talk.turns:
             return None
-        return _turn(talk, number, turn + 1, request.done + rng.expovariate(1 / talk.pause), system, rng)
+        pause = rng.expovariate(1 / talk.pause) if talk.pause else 0.0
+        return _turn(talk, number, turn + 1, request.done + pause, system, rng)
 
     prompt = talk.system + talk.question + turn * (talk.question + talk.answer)
     end = blocks(prompt + talk.answer)
