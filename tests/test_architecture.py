@@ -72,6 +72,7 @@ WITHOUT_JAX = (
     "qjax.quantization.config",
     "qjax.checkpoint.hub",
     "qjax.engine.block_pool",
+    "qjax.engine.host_cache",
     "qjax.engine.memory",
     "qjax.engine.request",
     "qjax.engine.scheduler",

@@ -56,11 +56,14 @@ class OffloadingRunner(Runner):
         super().__post_init__()
         self.on_device = sharding.kv_page_sharding(self.mesh)
         self.on_host = self.on_device.with_memory_kind("pinned_host")
+        self._is_tried = False
         self._leaving: deque[tuple[Page, int]] = deque()  # of each chunk on its way out a page, and how many there are
 
     def make_cache(self) -> None:
         super().make_cache()
-        self._try_copies()
+        if not self._is_tried:
+            self._try_copies()
+            self._is_tried = True
 
     def drop_cache(self) -> None:
         assert self.host_cache is not None
@@ -118,14 +121,14 @@ class OffloadingRunner(Runner):
                 chunk = np.zeros(size, np.int32)
                 pages = jax.device_put(list(gather(self.kv, chunk)), self.on_host)
                 self.kv = scatter(self.kv, chunk, jax.device_put(pages, self.on_device))
-        if not self.plan.is_gpu or len(self.host_cache):
+        if not self.plan.is_gpu:
             return
         # Pinning takes seconds for some GiB. What is pinned stays with the allocator.
         try:
             jax.block_until_ready([jax.device_put(pages[0], self.on_host) for _ in range(self.host_cache.capacity)])
         except Exception as error:
-            size = self.host_cache.capacity * self.host_cache.page_bytes / GIB
-            raise ValueError(f"kv_offloading_size: the host has no {size:.1f} GiB to pin, lower it: {error}") from error
+            gib = self.host_cache.capacity * self.host_cache.page_bytes / GIB
+            raise ValueError(f"kv_offloading_size: the host has no {gib:.1f} GiB to pin, lower it: {error}") from error
 
 
 def _chunks(page_ids: Sequence[int]) -> Iterator[np.ndarray]:

@@ -133,8 +133,9 @@ def start_devices(config: EngineConfig) -> list[jax.Device]:
     """The devices of the mesh, as many of each host. Sets the share of memory and the compile cache, which count from
     jax's start on."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{config.gpu_memory_utilization:.3f}")
-    if config.kv_offloading_size is not None:  # of what jax may pin, 64 GiB by default are for its own transfers
-        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(64 + math.ceil(config.kv_offloading_size)))
+    if config.kv_offloading_size is not None:  # what jax may pin is 64 GiB by default; its own transfers need some
+        limit = max(64, math.ceil(config.kv_offloading_size) + 16)
+        os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", str(limit))
     cache = config.compilation_cache_dir or os.path.join(
         os.environ.get("QJAX_CACHE_DIR", os.path.expanduser("~/.cache/qjax")), "xla"
     )
