@@ -32,6 +32,8 @@ APP_NAME = "qjax"
 HEALTH_PERIOD_SECONDS = 5.0  # between two questions of Ray; the third bad answer in a row replaces the replica
 HEALTH_TIMEOUT_SECONDS = 10.0
 EXIT_SECONDS = 25.0  # that a drained server gets to end, after which Ray kills the replica
+TELL_SECONDS = 5.0  # that the ingress then has to tell the clients
+DRAIN_POLL_SECONDS = 0.5
 MAX_ATTEMPTS = 3  # to start a replica, after which the deployment has failed
 
 
@@ -58,10 +60,7 @@ def make_app(engine: EngineConfig, server: ServerConfig, options: RayConfig) -> 
     if num_gpus is None:
         num_gpus = engine.tensor_parallel_size if ray.cluster_resources().get("GPU") else 0
     quiet = LoggingConfig(enable_access_log=False)  # the replica's server writes a line for each request
-    drain = {
-        "graceful_shutdown_wait_loop_s": 0.5,
-        "graceful_shutdown_timeout_s": server.shutdown_timeout + EXIT_SECONDS,
-    }
+    drain = server.shutdown_timeout + EXIT_SECONDS
     replicas = serve.deployment(
         Replica,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": num_gpus},
@@ -78,7 +77,8 @@ def make_app(engine: EngineConfig, server: ServerConfig, options: RayConfig) -> 
         health_check_timeout_s=HEALTH_TIMEOUT_SECONDS,
         max_constructor_retry_count=MAX_ATTEMPTS,
         logging_config=quiet,
-        **drain,  # type: ignore[arg-type]
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_SECONDS,
+        graceful_shutdown_timeout_s=drain,
     )
     ingress = serve.deployment(
         Ingress,
@@ -86,7 +86,8 @@ def make_app(engine: EngineConfig, server: ServerConfig, options: RayConfig) -> 
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=options.max_ongoing_requests * options.num_replicas_at_most * 4,  # those that wait too
         logging_config=quiet,
-        **drain,  # type: ignore[arg-type]
+        graceful_shutdown_wait_loop_s=DRAIN_POLL_SECONDS,
+        graceful_shutdown_timeout_s=drain + TELL_SECONDS,
     )
     return ingress.bind(replicas.bind(engine, server), server.max_body_size, server.root_path)
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from ray.exceptions import RayActorError
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -63,6 +64,8 @@ class Ingress:
             except GONE as error:
                 log.warning("a replica has gone before it answered: %s", error)
                 continue
+            except DeploymentUnavailableError:
+                raise unavailable("No replica could be started; the logs have the reason.") from None
             status, answer_headers = head
             return _with_headers(StreamingResponse(_body(stream, path, answer_headers), status), answer_headers)
         raise unavailable("The replicas that were to answer have gone. Please try again later.")
@@ -71,7 +74,7 @@ class Ingress:
         try:
             asked = self._all.broadcast("ask", method, target, headers, body)
             given = await asked.results_async(timeout_s=ASK_SECONDS, return_exceptions=True)
-        except TimeoutError:
+        except (TimeoutError, DeploymentUnavailableError):
             given = []
         answers = [answer for answer in given if not isinstance(answer, BaseException)]
         if not answers:

@@ -36,6 +36,7 @@ class Replicas:
 
     def __init__(self, process: subprocess.Popen, url: str):
         self.process, self.url = process, url
+        self.seen: dict[int, str] = {}  # of all processes that were started: pid -> command line
 
     def processes(self) -> dict[int, tuple[int, str]]:
         """Of the command and all it has started: pid -> (parent, command line)."""
@@ -50,6 +51,7 @@ class Replicas:
             if pid in there:
                 ours[pid] = there[pid]
             todo += [child for child, (parent, _) in there.items() if parent == pid]
+        self.seen |= {pid: line for pid, (_, line) in ours.items()}
         return ours
 
     def servers(self) -> dict[int, int]:
@@ -78,6 +80,12 @@ class Replicas:
             await asyncio.sleep(0.2)
 
 
+def is_running(pid: int, line: str) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode() == line != ""
+    return False
+
+
 @pytest.fixture(scope="module")
 def replicas():
     port = free_port()
@@ -87,7 +95,7 @@ def replicas():
     with subprocess.Popen(
         [*command, "--num-cpus", "0.5"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
     ) as process:
-        ours: dict[int, tuple[int, str]] = {}
+        started = Replicas(process, f"http://127.0.0.1:{port}")
         try:
             lines = []
             for line in process.stdout:
@@ -95,18 +103,16 @@ def replicas():
                 if line.startswith("qjax serves"):
                     break
             assert process.poll() is None, "".join(lines)
-            started = Replicas(process, f"http://127.0.0.1:{port}")
+            started.processes()
             reader = subprocess.Popen(["cat"], stdin=process.stdout, stdout=subprocess.DEVNULL)
             yield started
-            ours = started.processes() if process.poll() is None else {}
             process.send_signal(signal.SIGTERM)
             assert process.wait(timeout=60) == 0
             reader.wait(timeout=10)
-            time.sleep(1)
-            assert not [line for pid, (_, line) in ours.items() if Path(f"/proc/{pid}").exists()]
+            assert not [line for pid, line in started.seen.items() if is_running(pid, line)]
         finally:
             process.kill()
-            for pid in ours:
+            for pid in [pid for pid, line in started.seen.items() if is_running(pid, line)]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
@@ -212,3 +218,17 @@ async def test_the_death_of_a_replica_harms_no_other(replicas, victim):
         assert len(whole) == 2 and broken == [503, 503]
         await replicas.until(both_serve, 90)
         assert server not in replicas.servers() and len(replicas.servers()) == 2
+
+
+async def test_answers_finish_after_sigterm(replicas):
+    """The last: the replicas end with it."""
+    async with aiohttp.ClientSession() as session:
+        streams = []
+        for i in range(3):
+            body = {**FOREVER, "max_tokens": 600, "prompt": f"{i}"}
+            streams.append(await session.post(replicas.url + "/v1/completions", json=body))
+            await streams[-1].content.readline()
+        replicas.process.send_signal(signal.SIGTERM)
+        texts = await asyncio.gather(*(response.read() for response in streams))
+    assert [text.strip().splitlines()[-1] for text in texts] == [b"data: [DONE]"] * 3
+    assert replicas.process.wait(timeout=60) == 0
