@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qjax.engine.block_pool import BlockPool
+from qjax.engine.block_pool import BlockPool, page_hashes
 from qjax.engine.host_cache import HostCache
 from qjax.engine.request import Request, RequestStatus
 from qjax.engine.scheduler import ScheduledBatch, Scheduler, SchedulerConfig
@@ -132,6 +132,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.config = SchedulerConfig(**limits)
         self.host = HostCache(host_pages) if host_pages and enable_prefix_caching else None
         self.most_stores = most_stores  # pages that are copied to the host in one step
+        self.content_of: dict[bytes, list[int]] = {}
+        self.hashes_of: dict[Request, list[bytes]] = {}
         self.stored: deque[list] = deque()  # what was copied before each step in flight
         self.pool = BlockPool(num_pages, page_size, enable_prefix_caching, self.host)
         self.scheduler = Scheduler(self.config, self.pool)
@@ -228,11 +230,22 @@ class EngineMachine(RuleBasedStateMachine):
         self.host.on_step()
         stores = self.host.take_stores(self.most_stores)
         stored = [(page_hash, list(self.device.pages[page])) for page_hash, page in stores]
-        assert not any(None in content for _, content in stored)
+        self.note_hashes()
+        assert all(content == self.content_of[page_hash] for page_hash, content in stored)
         self.host.store(stored)
         self.stored.append([content for _, content in stored])
         for page, content in self.host.take_loads():
             self.device.pages[page] = list(content)
+
+    def note_hashes(self):
+        """What a page must hold under each hash of a text that the device has written so far."""
+        size = self.pool.page_size
+        for request, text in self.device.texts.items():
+            hashes = self.hashes_of.setdefault(request, [])
+            if len(hashes) < len(text) // size:
+                hashes[:] = page_hashes(text, size, request.cache_salt, hashes)
+                states = contents(text, request.cache_salt)
+                self.content_of |= {h: states[i * size : (i + 1) * size] for i, h in enumerate(hashes)}
 
     @rule(n=st.integers(1, 8))
     def run_steps(self, n):
