@@ -86,11 +86,11 @@ class Bench:
     def prompt(self, num_tokens: int) -> list[int]:
         return [self.rng.randrange(0, min(10000, self.llm.engine.model_config.vocab_size)) for _ in range(num_tokens)]
 
-    def first_token(self, prompt: list[int]) -> tuple[float, int]:
-        """Seconds, and the prompt's tokens that were cached."""
+    def first_token(self, prompt: list[int]) -> tuple[float, int, int]:
+        """Seconds, the prompt's tokens that were cached, and the token."""
         start = time.perf_counter()
         [output] = self.llm.generate([prompt], self.params, use_tqdm=False)
-        return time.perf_counter() - start, output.num_cached_tokens
+        return time.perf_counter() - start, output.num_cached_tokens, output.outputs[0].token_ids[0]
 
     def leave(self) -> float:
         """The device forgets; what was not copied out yet is, before the next step. Seconds until the host has it."""
@@ -103,13 +103,14 @@ class Bench:
         jax.block_until_ready(list(self.host._pages.values()))
         return time.perf_counter() - start
 
-    def returning(self, length: int) -> dict[str, tuple[float, int]]:
+    def returning(self, length: int) -> dict[str, tuple[float, int, int]]:
         """Of one conversation: how it is computed, found on the device, and copied from the host."""
         conversation = self.prompt(length)
         computed = self.first_token(conversation + self.prompt(self.args.turn))
-        on_device = self.first_token(conversation + self.prompt(self.args.turn))
+        returned = conversation + self.prompt(self.args.turn)
+        on_device = self.first_token(returned)
         self.leave()
-        from_host = self.first_token(conversation + self.prompt(self.args.turn))
+        from_host = self.first_token(returned)
         return {"computed": computed, "on_device": on_device, "from_host": from_host}
 
     def all(self) -> None:
@@ -131,6 +132,7 @@ class Bench:
             self.say(
                 figure=f"returning_{length}",
                 times_as_fast=round(ms["computed"] / ms["from_host"], 2),
+                same_token=f"{sum(run['on_device'][2] == run['from_host'][2] for run in runs)}/{len(runs)}",
                 copied_mb=round(copied / 1e6, 1),
                 copied_gb_s=round(copied / 1e6 / more_ms, 2) if more_ms > 0.1 else None,
                 computed_tok_s=round(length / ms["computed"] * 1e3),

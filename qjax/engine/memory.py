@@ -118,7 +118,7 @@ def plan(config: EngineConfig, model: ModelConfig, device: Device) -> Plan:
                 f"kv_offloading_size={config.kv_offloading_size} GiB holds no page of the KV cache, "
                 f"{per_token * page_size * tp} bytes: raise it."
             )
-        staged = max_num_batched_tokens // page_size + max_num_seqs  # what a step can complete
+        staged = max_num_batched_tokens // page_size + 8  # what a step of prompts completes; more waits for the next
         if is_gpu:
             activations += (staged + STAGED_LOADS) * page_size * per_token
 
