@@ -8,11 +8,13 @@ that died.
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
 from dataclasses import asdict
 from io import FileIO
+from pathlib import Path
 
 from qjax import logs
 from qjax.config import EngineConfig, ServerConfig
@@ -36,6 +38,8 @@ def main() -> int:
     except ValueError as error:
         print(f"qjax: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        shutil.rmtree(Path(server["uds"]).parent, ignore_errors=True)  # made for this process; its maker may be dead
 
 
 def _end_with(given: FileIO) -> None:
