@@ -26,9 +26,9 @@ from qjax.server.prefix_routing import PrefixMemory
 from scripts.simulate_serving import Replica, Steps, Talk, conversations, report, simulate
 
 NUM_TALKS = 16
-NUM_ROUNDS = 3
+NUM_ROUNDS = 2
 TALK = Talk(system=256, question=64, answer=64, turns=3, pause=0.0)
-BATCHES = (1, 2, 4, 8)  # of a replica, whose steps are measured
+BATCHES = (1, 4, 8)  # of a replica, whose steps are measured
 OPTIONS = ["-dp", "2", "--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "256MiB"]
 FIELDS = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "stream": True}
 
@@ -74,18 +74,20 @@ class Client:
 
 async def measure_steps(client: Client) -> Steps:
     """With both replicas busy, as they are later."""
-    decode, length = [], TALK.system + 2 * (TALK.question + TALK.answer)
+    decode = []
     for batch in BATCHES:
         for _ in range(2):  # the first may compile
-            streams = [client.stream(client.ids(length), 64) for _ in range(2 * batch)]
+            streams = [client.stream(client.ids(TALK.question), 96) for _ in range(2 * batch)]
             found = await asyncio.gather(*streams)
-        gaps = [b - a for _, times, _ in found for a, b in itertools.pairwise(times)]
-        decode.append((batch, statistics.median(gaps)))
+        # while all have begun and none has ended; the mean, since another process may take the core for a while
+        since, until = max(times[0] for _, times, _ in found), min(times[-1] for _, times, _ in found)
+        gaps = [b - a for _, times, _ in found for a, b in itertools.pairwise(times) if since <= a and b <= until]
+        decode.append((batch, statistics.mean(gaps)))
     firsts = []
     for _ in range(5):
         found = await asyncio.gather(*(client.stream(client.ids(512), 1) for _ in range(2)))
         firsts += [times[0] - sent for sent, times, _ in found]
-    prefill = statistics.median(firsts[2:]) / 512
+    prefill = statistics.mean(firsts[2:]) / 512
     return Steps(tuple(decode), prefill)
 
 
@@ -163,8 +165,7 @@ async def main() -> None:
             for replica in json.loads(await client.get("/health"))["replicas"]:
                 for task in os.listdir(f"/proc/{replica['pid']}/task"):
                     os.sched_setaffinity(int(task), {replica["replica"] % (os.cpu_count() or 1)})
-            for _ in range(2):  # compiles
-                await measure(client)
+            await measure(client)  # compiles
             for _ in range(NUM_ROUNDS):  # steps beside what they predict, as others may use the machine
                 steps = await measure_steps(client)
                 measured, predicted = await measure(client), predict(steps)

@@ -9,6 +9,7 @@ from typing import Any
 
 from qjax.config import EngineConfig, ServerConfig, default_of, environment_name_of, flag_of, kind_of
 from qjax.logs import REPLICA
+from qjax.server.front.child import FRONT
 
 _ROOM_SIZE, _ROOM_COUNT = 1024, 16  # for the headers that the front adds
 _ANSWERED_BY_FRONT = ["/health", "/metrics", "/load"]
@@ -48,7 +49,7 @@ def environment(engine: EngineConfig, index: int, devices: Mapping[str, str]) ->
     names = {environment_name_of(f) for config in (EngineConfig, ServerConfig) for f in dataclasses.fields(config)}
     environ = {name: value for name, value in os.environ.items() if name not in names}
     secrets = {"QJAX_HF_TOKEN": engine.hf_token} if engine.hf_token else {}
-    return {**environ, **secrets, **devices, REPLICA: str(index)}
+    return {**environ, **secrets, **devices, REPLICA: str(index), FRONT: str(os.getpid())}
 
 
 def _flags(config: Any) -> Iterator[str]:

@@ -3,6 +3,7 @@ the command calls. The front holds no model and imports no jax.
 """
 
 import asyncio
+import contextlib
 import logging
 import signal
 import tempfile
@@ -14,6 +15,7 @@ from qjax.server.app import api_keys
 from qjax.server.front import devices
 from qjax.server.front.app import make_front_app
 from qjax.server.front.command import command, environment, replica_config
+from qjax.server.front.proxy import GONE
 from qjax.server.front.replica import Replica
 from qjax.server.front.state import Front
 from qjax.server.lifecycle import FLUSH_SECONDS, SHUTDOWN_SECONDS, Stop, read_chat_template
@@ -107,8 +109,10 @@ async def _drain(front: Front, stop: Stop, keepers: list[asyncio.Future[None]]) 
 
 async def _ready_line(front: Front, address: Address, seconds: float) -> str:
     """What is printed once requests are served."""
-    async with front.serving[0].session.get("/v1/models") as response:
-        model = (await response.json())["data"][0]
+    model = {"id": "the model", "max_model_len": "?"}
+    with contextlib.suppress(*GONE, LookupError):  # a replica may end at any time
+        async with front.serving[0].session.get("/v1/models") as response:
+            model = (await response.json())["data"][0]
     key = ' -H "Authorization: Bearer $QJAX_API_KEY"' if api_keys(front.config) else ""
     return (
         f"qjax serves {model['id']} at {address} ({len(front.serving)} of {len(front.replicas)} replicas, context "

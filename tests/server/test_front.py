@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+from pathlib import Path
 
 import aiohttp
 import pytest
@@ -306,6 +307,28 @@ class TestStop:
             assert '"finish_reason":"length"' in text and text.endswith("data: [DONE]\n\n")
         assert await asyncio.wait_for(front.task, 10) == 0
         assert all(r.exit_code == 0 for r in front.replicas)
+
+    async def test_a_replica_ends_with_its_front_even_if_that_is_killed(self):
+        child = "from qjax.server.front.child import follow_front as f; import time; f(); print('up', flush=True); "
+        child += "time.sleep(60)"
+        front = f"""
+import os, subprocess, sys, time
+environ = {{**os.environ, "QJAX_FRONT": str(os.getpid())}}
+print(subprocess.Popen([sys.executable, "-c", {child!r}], env=environ).pid, flush=True)
+time.sleep(60)"""
+        pipe = asyncio.subprocess.PIPE
+        process = await asyncio.create_subprocess_exec(sys.executable, "-c", front, stdout=pipe)
+        lines = [(await asyncio.wait_for(process.stdout.readline(), 30)).decode().strip() for _ in range(2)]
+        [pid] = [line for line in lines if line != "up"]
+        process.kill()
+
+        def is_gone():
+            try:
+                return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except OSError:
+                return True
+
+        await until(is_gone, 10)
 
 
 class TestOptions:
