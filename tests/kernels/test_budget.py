@@ -34,7 +34,7 @@ class Budget:
 
 
 SMALLEST = 8  # rows of a GPU's decode step
-DECODE = {("Qwen3-8B", (32, 0, 0)): Budget(10, 16), ("Qwen3-0.6B", (SMALLEST, 0, 0)): Budget(10, 16)}
+DECODE = {("Qwen3-8B", (32, 0, 0)): Budget(9, 16), ("Qwen3-0.6B", (SMALLEST, 0, 0)): Budget(10, 16)}
 MIXED = ("Qwen3-8B", (16, 256, 64))
 NARROW = ("Qwen3-8B", (32, 0, 0))  # also with an FP8 cache: as many kernels, which spill nothing
 SPILLED_BYTES = {"paged_prefill_kernel": 16}  # stores of a thread; all other kernels: none

@@ -4,7 +4,6 @@ Needs jax's CUDA plugin with ptxas, and no GPU: `pip install --no-deps jax-cuda1
 nvidia-cuda-nvcc nvidia-nvvm nvidia-nvjitlink`, JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 and JAX_PLATFORMS=cpu.
 """
 
-import functools
 import os
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from qjax.kernels.norm_rope_write import norm_rope_write
 from qjax.kernels.paged_attention import paged_decode, paged_prefill
-from qjax.kernels.small_matmul import mosaic_gpu as small
 from tests.kernels.cases import HEADS
 
 pytest.importorskip("jax_cuda13_plugin")
@@ -62,15 +60,3 @@ def test_every_shape_compiles_and_no_cache_is_copied(mesh, heads: tuple[int, int
     assert text.count('custom_call_target="mosaic_gpu') == 4 * L  # write, decode's two, prefill
     assert memory.alias_size_in_bytes == kv.size * 2
     assert " copy(" not in "".join(line for line in text.splitlines() if f"bf16[{L}," in line)
-
-
-@pytest.mark.parametrize("table", [small.CUTS, small.GATED_CUTS], ids=["plain", "gated"])
-def test_every_chosen_cut_of_small_matmul_compiles(mesh, table):
-    sharding = NamedSharding(mesh, PartitionSpec())
-    half = lambda *dims: jax.ShapeDtypeStruct(dims, jnp.bfloat16, sharding=sharding)
-    for (rows, D, N), chosen in table.items():
-        is_gated = table is small.GATED_CUTS
-        cut = small.with_stages(rows, *chosen, is_gated=is_gated)
-        product = functools.partial(small.small_matmul_mosaic, interpret=False, is_gated=is_gated, cut=cut)
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            jax.jit(product).lower(half(rows, D), half(D, N)).compile()
