@@ -101,26 +101,26 @@ def token_axis(x: jax.Array) -> str:
     return "tokens" if jax.typeof(x).sharding.spec[0] is None else "rows"
 
 
-def named_sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+def named_sharding(mesh: Mesh | AbstractMesh, *axes: str | None) -> NamedSharding:
     return NamedSharding(mesh, spec(*axes))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """What every input of a step has besides weights and KV cache."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def kv_cache_sharding(mesh: Mesh) -> NamedSharding:
+def kv_cache_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of the cache [L, 2, P, K, S, H], split on K."""
     return named_sharding(mesh, *KV_CACHE_AXES)
 
 
-def kv_page_sharding(mesh: Mesh) -> NamedSharding:
+def kv_page_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Of a page of the cache [L, 2, K, S, H], split on K."""
     return named_sharding(mesh, *(axis for axis in KV_CACHE_AXES if axis != "pages"))
 
 
-def on_devices(mesh: Mesh, x: Any) -> jax.ShapeDtypeStruct:
+def on_devices(mesh: Mesh | AbstractMesh, x: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of an abstract array with its sharding bound to the mesh's devices."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, x.sharding.spec))
 

@@ -8,10 +8,6 @@ from qjax.kernels.fp8_matmul.reference import fp8_matmul_ref, grouped_fp8_matmul
 
 __all__ = ["fp8_matmul", "grouped_fp8_matmul"]
 
-# The grouped kernel was compiled for an H100 and checked in interpret mode, but has not run on a GPU yet: until it has,
-# it is used only where `implementation` asks for it.
-IS_GROUPED_CHECKED_ON_GPU = False
-
 
 def fp8_matmul(x: jax.Array, w: jax.Array, scale: jax.Array, *, implementation: str | None = None) -> jax.Array:
     """x times the transpose of w * scale, in parts [P, M, N] that add up to it: one in x's dtype, or float32 ones.
@@ -62,8 +58,6 @@ def grouped_fp8_matmul(
         )
 
     def mosaic(interpret: bool) -> jax.Array:
-        if implementation is None and not IS_GROUPED_CHECKED_ON_GPU:
-            raise NotImplementedError("the kernel was not checked on a GPU")
         from qjax.kernels.fp8_matmul.grouped_mosaic_gpu import grouped_fp8_matmul_mosaic
 
         return grouped_fp8_matmul_mosaic(x, w, scale, work, is_gated=is_gated, interpret=interpret)

@@ -4,16 +4,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
 
+import jax
 from tqdm import tqdm
 
+from qjax import sharding
 from qjax.engine.buckets import Bucket
+from qjax.engine.program import Key, Program
 from qjax.engine.step import StepOptions
+from qjax.engine.tracing import TracedSteps
+from qjax.models.qwen3 import ModelDef
 
 log = logging.getLogger("qjax")
-
-type Key = tuple[Bucket, StepOptions]
 
 # This pass counts a cache that is written in place once for each layer, sees far too little memory, and computes small
 # things again in every layer.
@@ -26,7 +29,9 @@ class CompiledSteps:
     """Gives each step its executable.
 
     Args:
-      lower: gives what `jax.jit(...).lower` does.
+      program: what is compiled.
+      modeldef, leaves: the model, its leaves in form only, so that it may still be loading.
+      folder: see `TracedSteps`.
 
     Attributes:
       count, seconds: of all compilations.
@@ -34,8 +39,10 @@ class CompiledSteps:
       ended: when that was over, in time.monotonic's seconds.
     """
 
-    def __init__(self, lower: Callable[[Bucket, StepOptions], Any]):
-        self._lower = lower
+    def __init__(self, program: Program, modeldef: ModelDef, leaves: tuple[jax.ShapeDtypeStruct, ...], folder: Path):
+        self.program = program
+        self.traced = TracedSteps(program, folder)
+        self._modeldef, self._leaves = modeldef, leaves
         self._steps: dict[Key, Callable] = {}
         self.count, self.seconds = 0, 0.0
         self.is_running, self.ended = False, 0.0
@@ -53,6 +60,12 @@ class CompiledSteps:
             log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)
         return self._steps[key]
 
+    def trace(self, keys: Sequence[Key]) -> None:
+        """Has them traced by other processes, for `ahead`. Not compiled yet: XLA takes the kernel of each product that
+        was fastest, which it can only tell while the device does nothing else."""
+        if self.program.plan.is_gpu and sharding.tensor_parallel_size(self.program.mesh) == 1:
+            self.traced.start(keys)
+
     def ahead(self, keys: Sequence[Key], *, progress: bool) -> None:
         """Several at a time: tracing holds Python's lock, but the compiler does not."""
         started = time.perf_counter()
@@ -68,7 +81,11 @@ class CompiledSteps:
         bucket, _ = key
         is_large = bucket.num_decodes + bucket.num_tokens >= MANY_ROWS
         few_tries = {"xla_gpu_enable_triton_gemm": False} if is_large else {}
-        return self._lower(*key).compile(COMPILER_OPTIONS | few_tries)
+        step = self.traced.get(key) or self.program.step(self._modeldef, *key)
+        assert isinstance(self.program.mesh, jax.sharding.Mesh)
+        with jax.set_mesh(self.program.mesh):
+            lowered = step.lower(*self.program.arguments(self._leaves, *key))
+        return lowered.compile(COMPILER_OPTIONS | few_tries)
 
     def _add(self, count: int, started: float) -> None:
         self.count += count

@@ -25,10 +25,9 @@ from qjax.engine.logit_edits import bad_words_token_ids
 from qjax.engine.metrics import Metrics
 from qjax.engine.repetition import loop_detector
 from qjax.engine.request import Request
-from qjax.engine.runner import InFlight, Logprobs, StepResult, is_filtered, keeps_few
+from qjax.engine.runner import InFlight, Logprobs, StepResult
 from qjax.engine.scheduler import Scheduler, SchedulerConfig
 from qjax.engine.sleeping import TAGS, Sleeper
-from qjax.engine.step import StepOptions
 from qjax.engine.weights import update
 from qjax.outputs import RequestOutput
 from qjax.sampling_params import SamplingParams
@@ -98,12 +97,8 @@ class Engine:
         self.num_waiting = 0  # sequences that the last step had no place for
         if self.plan.is_gpu and not config.enforce_eager:
             on_phase("compiling")
-            self.runner.compile_ahead([self._usual_options()], progress=progress)
+            self.runner.compile_ahead([loaded.usual_options], progress=progress)
         self.runner.make_cache()
-
-    def _usual_options(self) -> StepOptions:
-        defaults = SamplingParams.from_defaults(self.default_sampling_params)
-        return StepOptions(sampling=not defaults.is_greedy, filtering=is_filtered(defaults), few=keeps_few(defaults))
 
     @property
     def max_model_len(self) -> int:

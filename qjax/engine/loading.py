@@ -18,11 +18,16 @@ from qjax.checkpoint.kv_scales import has_kv_scales
 from qjax.checkpoint.pooling import Pooling, find_pooling, score_weight
 from qjax.checkpoint.safetensors import dummy_params, full_names, load_params, open_folder
 from qjax.config import EngineConfig
+from qjax.engine.compiling import CompiledSteps
 from qjax.engine.host_cache import HostCache
 from qjax.engine.hosts import Followers, Leader, join
 from qjax.engine.memory import Device, Plan, plan
+from qjax.engine.program import Program
+from qjax.engine.runner import is_filtered, keeps_few
+from qjax.engine.step import StepOptions
 from qjax.models.config import ModelConfig, apply_overrides
 from qjax.models.qwen3 import ModelDef, abstract_model
+from qjax.sampling_params import SamplingParams
 from qjax.sharding import make_mesh
 from qjax.text.tokenizer import Tokenizer
 
@@ -42,6 +47,8 @@ class Loaded:
     mesh: jax.sharding.Mesh
     modeldef: ModelDef
     leaves: tuple[jax.Array, ...]
+    compiles: CompiledSteps
+    usual_options: StepOptions  # of requests that ask for nothing special
     pooling: Pooling | None = None  # None: it generates
     score_weight: np.ndarray | None = None  # float32 [D] of a converted reranker
     hosts: Followers | Leader | None = None  # None: there is one host
@@ -66,7 +73,6 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     tokenizer_folder = folder
     if config.tokenizer is not None:
         tokenizer_folder = hub.resolve(config.tokenizer, need_config=False, need_weights=False, **where)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
     defaults, eos_token_ids = _generation_config(config, folder, model_config)
 
     if pooling is not None and config.nnodes != 1:
@@ -93,13 +99,32 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
             weight = score_weight(open_folder(folder), model_config.hidden_size)
         if sizes.kv_dtype == "uint8":
             model_config = _with_kv_scales(model_config, folder)
-    modeldef, _ = abstract_model(model_config, dtype, mesh)
-    leaves = load_weights(config, folder, model_config, mesh, dtype, progress=progress)
+    modeldef, abstract = abstract_model(model_config, dtype, mesh)
+    program = Program(model_config, sizes, mesh)
+    compiles = CompiledSteps(program, modeldef, abstract, Path(jax.config.jax_compilation_cache_dir) / "steps")
+    usual = _usual_options(defaults, pooling)
+    if sizes.is_gpu and not config.enforce_eager and hosts is None:
+        compiles.trace(program.ahead([usual]))  # beside all that follows
+    try:
+        tokenizer = Tokenizer.from_pretrained(tokenizer_folder)  # imports for seconds
+        leaves = load_weights(config, folder, model_config, mesh, dtype, progress=progress)
+    except BaseException:
+        compiles.traced.cancel()
+        raise
     return Loaded(
-        *(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, pooling, weight),
+        *(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, compiles, usual),
+        pooling=pooling,
+        score_weight=weight,
         hosts=hosts,
         host_cache=HostCache(sizes.num_host_pages, sizes.host_page_bytes) if sizes.num_host_pages else None,
     )
+
+
+def _usual_options(defaults: dict[str, Any], pooling: Pooling | None) -> StepOptions:
+    if pooling is not None:
+        return StepOptions(pooling=True)
+    params = SamplingParams.from_defaults(defaults)
+    return StepOptions(sampling=not params.is_greedy, filtering=is_filtered(params), few=keeps_few(params))
 
 
 def _with_kv_scales(model_config: ModelConfig, folder: Path) -> ModelConfig:

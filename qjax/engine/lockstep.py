@@ -68,7 +68,7 @@ def make_runner(loaded: Loaded) -> Runner:
     """
     if isinstance(loaded.hosts, Leader):
         raise ValueError("this host follows host 0: run `qjax serve --headless` with its --node-rank here.")
-    parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
+    parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan, loaded.compiles)
     pooling = bool(loaded.pooling)
     if loaded.host_cache is not None:
         return OffloadingRunner(*parts, pooling=pooling, host_cache=loaded.host_cache)
@@ -99,7 +99,7 @@ def follow(config: EngineConfig) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         # Both come to all hosts, and host 0 gives its requests their time.
         signal.signal(number, lambda *_: log.info("this host ends when host 0 does"))
-    parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan)
+    parts = (loaded.modeldef, loaded.leaves, loaded.mesh, loaded.model_config, loaded.plan, loaded.compiles)
     runner = Runner(*parts)
     log.info("host %d of %d follows host 0", jax.process_index(), jax.process_count())
     messages: queue.SimpleQueue[Message] = queue.SimpleQueue()

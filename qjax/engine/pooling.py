@@ -19,7 +19,6 @@ from qjax.engine.engine import Engine
 from qjax.engine.loading import Loaded, load
 from qjax.engine.request import Request
 from qjax.engine.sleeping import TAGS
-from qjax.engine.step import StepOptions
 from qjax.models.qwen3 import merge
 from qjax.outputs import EmbeddingOutput, PoolingRequestOutput, ScoringOutput
 from qjax.pooling_params import PoolingParams
@@ -63,9 +62,6 @@ class PoolingEngine(Engine):
         self._read_head()
         self._params: dict[Request, PoolingParams] = {}
         self._hidden: dict[Request, np.ndarray] = {}
-
-    def _usual_options(self) -> StepOptions:
-        return StepOptions(pooling=True)
 
     def _read_head(self) -> None:
         """Of the output layer's rows of two tokens, the second's minus the first's."""

@@ -14,14 +14,14 @@ import numpy as np
 
 from qjax import sharding
 from qjax.engine.addresses import StepInputs, make_holes
-from qjax.engine.buckets import Bucket, Buckets
+from qjax.engine.buckets import Bucket
 from qjax.engine.compiling import CompiledSteps
 from qjax.engine.logit_edits import edits_of
 from qjax.engine.memory import Plan
 from qjax.engine.request import Request, RequestError
 from qjax.engine.sampler import MAX_FEW, split_seed
 from qjax.engine.scheduled import ScheduledBatch
-from qjax.engine.step import DeviceState, Layout, StepOptions, TokenCounts, step, write_counts, write_page_table
+from qjax.engine.step import Layout, StepOptions, TokenCounts, write_counts, write_page_table
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import ModelDef
 from qjax.sampling_params import SamplingParams
@@ -85,21 +85,16 @@ class Runner:
     mesh: jax.sharding.Mesh
     model_config: ModelConfig
     plan: Plan
+    compiles: CompiledSteps
     pooling: bool = False
     kv: jax.Array = field(init=False)
     usual: StepOptions | None = None
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self.buckets = Buckets(
-            is_gpu=plan.is_gpu,
-            max_num_seqs=plan.max_num_seqs,
-            max_num_batched_tokens=plan.max_num_batched_tokens,
-            max_num_prefills=plan.max_num_prefills,
-            max_pages=plan.pages_per_sequence,
-        )
+        self.program = self.compiles.program
+        self.buckets = self.program.buckets()
         self.replicated = sharding.replicated(self.mesh)
-        self.compiles = CompiledSteps(lambda *key: self._lower(*key))
         self.inputs = StepInputs(self.replicated)
         self.walls = make_holes(self.replicated) if plan.is_gpu else []
         num_slots = plan.max_num_seqs
@@ -117,7 +112,7 @@ class Runner:
     def make_cache(self) -> None:
         """An empty KV cache, and tables that know of no request."""
         zeros = lambda array: jax.jit(partial(jnp.zeros, array.shape, array.dtype), out_shardings=array.sharding)()
-        self.kv, self.state = jax.tree.map(zeros, self._cache())
+        self.kv, self.state = jax.tree.map(zeros, self.program.cache())
         self.counts: TokenCounts | None = None
         self.slots = [_Slot() for _ in range(self.plan.max_num_seqs + 1)]
 
@@ -126,17 +121,6 @@ class Runner:
         for array in jax.tree.leaves((self.kv, self.state, self.counts)):
             array.delete()
         self.inputs = StepInputs(self.replicated)
-
-    def _cache(self) -> tuple[Any, DeviceState]:
-        """What `make_cache` makes."""
-        plan, model, num_slots = self.plan, self.model_config, self.plan.max_num_seqs
-        heads, _ = sharding.split_heads(
-            model.num_attention_heads, model.num_key_value_heads, sharding.tensor_parallel_size(self.mesh)
-        )
-        shape = (model.num_hidden_layers, 2, plan.num_pages, heads, plan.page_size, model.head_dim)
-        kv = jax.ShapeDtypeStruct(shape, jnp.dtype(plan.kv_dtype), sharding=sharding.kv_cache_sharding(self.mesh))
-        table: Any = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self.replicated)
-        return kv, DeviceState(table(num_slots + 1), table(num_slots + 1, plan.pages_per_sequence))
 
     # From the host to the device
 
@@ -147,7 +131,7 @@ class Runner:
         num_tokens = sum(chunk.num_tokens for chunk in batch.prefills)
         num_pages = max(len(chunk.request.page_ids) for chunk in [*batch.decodes, *batch.prefills])
         bucket = self.buckets.choose(len(batch.decodes), num_tokens, len(batch.prefills), num_pages)
-        layout = self._layout(bucket, options)
+        layout = self.program.layout(bucket, options)
         packed = np.zeros(layout.size, np.int32)
         fields = layout.views(packed)
         rows = self._fill_rows(fields, batch, bucket)
@@ -238,9 +222,6 @@ class Runner:
         if self.usual is not None and self.usual.covers(options):
             options = self.usual
         return replace(options, num_steps=batch.num_steps)
-
-    def _layout(self, bucket: Bucket, options: StepOptions) -> Layout:
-        return Layout(bucket, options, self.plan.page_size, self.model_config.vocab_size)
 
     def _num_logprobs(self, asked: list[int]) -> int | None:
         if not asked:
@@ -355,29 +336,7 @@ class Runner:
         many at a time.
         """
         self.usual = options[0]
-        keys = [(bucket, option) for option in options for bucket in self.buckets.ahead()]
-        if self.plan.num_scheduler_steps > 1:
-            keys += [(b, replace(o, num_steps=self.plan.num_scheduler_steps)) for b, o in keys if not b.num_tokens]
-        self.compiles.ahead([(b, o) for b, o in keys if not (o.pooling and b.num_decodes)], progress=progress)
-
-    def _lower(self, bucket: Bucket, options: StepOptions):
-        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-        packed_size = self._layout(bucket, options).size
-        counts: Any = None
-        if options.penalties:
-            shape = (self.plan.max_num_seqs + 1, self.model_config.vocab_size)
-            made = lambda: TokenCounts(jnp.zeros(shape, jnp.int16), jnp.zeros(shape, jnp.bool_))
-            counts = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.replicated), jax.eval_shape(made)
-            )
-        run = jax.jit(partial(step, self.modeldef, bucket, options, self.plan.page_size), donate_argnums=(1, 2, 3))
-        with jax.set_mesh(self.mesh):
-            return run.lower(
-                tuple(map(abstract, self.leaves)),
-                *self._cache(),
-                counts,
-                jax.ShapeDtypeStruct((packed_size,), jnp.int32, sharding=self.replicated),
-            )
+        self.compiles.ahead(self.program.ahead(options), progress=progress)
 
 
 def is_filtered(params: SamplingParams) -> bool:

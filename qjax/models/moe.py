@@ -75,9 +75,8 @@ class Experts(nnx.Module):
                 tile=tile,
                 is_normalized=self.norm_topk_prob,
                 own_experts=(own * sharding.shard_index(self.split[0]), own) if is_split else None,
-                implementation=implementation,
             )
-            rows = routing.rows_of(x, tile)
+            rows = routing.rows_of(x)
             run = functools.partial(self.gate_up_proj.product, is_gated=True, implementation=implementation)
             hidden = run(rows, *gate_up, routing.work)
             out = self.down_proj.product(hidden, *down, routing.work, implementation=implementation)

@@ -117,13 +117,14 @@ class TestWatch:
         assert await engine.shutdown(timeout=10) and engine.seconds_stalled == 0.0
 
     async def test_compiling_in_a_step(self, engine, monkeypatch):
-        lower, seen = type(engine.engine.runner)._lower, []
+        steps, seen = engine.engine.runner.compiles, []
+        lookup = steps.traced.get
 
-        def slow(self, *key):
-            seen.append((self.compiles.is_running, engine.seconds_stalled))
-            return lower(self, *key)
+        def slow(key):
+            seen.append((steps.is_running, engine.seconds_stalled))
+            return lookup(key)
 
-        monkeypatch.setattr(type(engine.engine.runner), "_lower", slow)
+        monkeypatch.setattr(steps.traced, "get", slow)
         await collect(engine, PROMPT, SamplingParams(temperature=0.0, max_tokens=2, logprobs=5), "new shape")
         assert seen and all(is_running and stalled == 0.0 for is_running, stalled in seen)
         assert not engine.engine.runner.compiles.is_running

@@ -13,8 +13,6 @@ import jax
 from jax.experimental import topologies
 
 from qjax.engine.compiling import COMPILER_OPTIONS
-from qjax.kernels import fp8_matmul
-from qjax.kernels.grouped_matmul import routing
 from qjax.models.config import ModelConfig
 from scripts.bench_floors import MODELS
 from tests.kernels.compile_step import kernels, trace
@@ -23,7 +21,6 @@ from tests.quantization.checkpoints import QUANTIZATION
 
 
 def main() -> None:
-    fp8_matmul.IS_GROUPED_CHECKED_ON_GPU = routing.IS_CHECKED_ON_GPU = True  # compiled, and run nowhere
     target = (Path(__file__).parent / "h100.txtpb").read_text()
     topology = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1")
     mesh = jax.make_mesh((1, 1), ("data", "tensor"), devices=topology.devices)

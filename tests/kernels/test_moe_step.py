@@ -17,11 +17,10 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent
 DECODE, PREFILL = [8, 0, 0], [0, 2048, 4]
-# Of a layer with 8 rows: eight of attention and norms (dense layers have ten in all), two of the router's product, one
-# that routes and sorts, one that copies rows, two products, one that joins.
-KERNELS_A_LAYER = 15
-OURS = ("grouped_matmul_kernel", "grouped_fp8_matmul_kernel", "grouped_int4_matmul_kernel", "route_kernel")
-SPILLED_BYTES = {"route_kernel": 16}  # stores of a thread, which runs once
+# Of a layer with 8 rows: eight of attention and norms (dense layers have ten in all), two of the router's product,
+# eight that route, sort and copy rows, two products, one that joins.
+KERNELS_A_LAYER = 21
+OURS = ("grouped_matmul_kernel", "grouped_fp8_matmul_kernel", "grouped_int4_matmul_kernel")
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +60,6 @@ def test_the_kernels_do_not_spill(compiled):
     parts = re.split(r"Compiling entry function '(\w+)_mosaic_gpu_kernel' for 'sm_90a'", said)
     for ours in OURS:
         texts = [text for name, text in zip(parts[1::2], parts[2::2], strict=True) if name == ours]
-        assert len(texts) >= (1 if ours == "route_kernel" else 4), ours  # gated and not, few rows and many
+        assert len(texts) >= 4, ours  # gated and not, few rows and many
         spilled = [int(n) for text in texts for n in re.findall(r"(\d+) bytes spill stores", text)[:1]]
-        assert len(spilled) == len(texts) and max(spilled) <= SPILLED_BYTES.get(ours, 0), (ours, spilled)
+        assert len(spilled) == len(texts) and not any(spilled), (ours, spilled)
