@@ -9,6 +9,7 @@ folder; the next start finds them there, and jax's own cache has the compiled co
 import functools
 import hashlib
 import importlib
+import inspect
 import logging
 import os
 import pickle
@@ -172,8 +173,8 @@ def _digest(*parts: Any) -> str:
 def _source() -> str:
     """A hash of all that a step is traced from."""
     found = hashlib.sha256()
-    for root in (Path(__file__).parent.parent, *kernels.__path__):
-        for path in sorted(Path(str(root)).rglob("*.py")):
+    for root in (Path(__file__).parents[1], Path(inspect.getfile(kernels)).parent):
+        for path in sorted(root.rglob("*.py")):
             found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()
 

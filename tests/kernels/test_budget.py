@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from qjax import SamplingParams, sharding
-from qjax.engine import runner
+from qjax.engine import program
 from qjax.engine.buckets import Buckets
 from tests.engine.conftest import make_llm, tiny_folder  # noqa: F401 (fixture)
 from tests.kernels.compile_step import trace
@@ -60,13 +60,13 @@ def test_the_smallest_step_is_the_one_counted():
 def test_one_trace_a_bucket(tiny_folder, monkeypatch):  # noqa: F811
     """Requests of many lengths, twice: the step is traced once for each shape and set of options, and never again."""
     traces = collections.Counter()
-    step = runner.step
+    step = program.step
 
     def counted(modeldef, bucket, options, *args):
         traces[bucket, options] += 1
         return step(modeldef, bucket, options, *args)
 
-    monkeypatch.setattr(runner, "step", counted)
+    monkeypatch.setattr(program, "step", counted)
     llm = make_llm(tiny_folder, max_num_seqs=1, max_num_batched_tokens=32)
     params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
     prompts = [list(range(3, 3 + n)) for n in (3, 20, 40)]
