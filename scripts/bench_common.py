@@ -1,5 +1,6 @@
 """What the benchmarks share: the setting of a run, its JSON lines, the requests, and a server's start and end."""
 
+import argparse
 import contextlib
 import functools
 import json
@@ -42,6 +43,17 @@ def dtype_of(model: Path, dtype: str) -> str:
     """Of the weights, as the lines have it: "bf16", or the method of a quantised checkpoint."""
     quantization = json.loads((model / "config.json").read_text()).get("quantization_config")
     return quantization["quant_method"] if quantization else DTYPES.get(dtype, dtype)
+
+
+def form_of(options: list[str]) -> dict[str, str | int | bool]:
+    """What the lines say of a server that got these options: dtype of its KV cache, devices, compiled ahead or not."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--kv-cache-dtype", default="auto")
+    parser.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    parser.add_argument("--enforce-eager", action="store_true")
+    found, _ = parser.parse_known_args(options)
+    kv = "bf16" if found.kv_cache_dtype == "auto" else found.kv_cache_dtype
+    return {"kv": kv, "tp": found.tensor_parallel_size, "eager": found.enforce_eager}
 
 
 def writer(common: dict, out: str) -> Callable[..., None]:

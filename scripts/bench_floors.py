@@ -5,13 +5,14 @@ keys and values that attention reads, and all products; not counted are activati
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qjax.models.config import ModelConfig
+from qjax.quantization.config import Quantization
 from scripts.bench_common import random_requests
 
-ITEMSIZE = 2  # floors are for bf16
+ITEMSIZE = 2  # of activations, keys and values, and of weights that are not quantised
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,11 @@ MODELS = {
     "Qwen3-14B": _qwen3(5120, 17408, 40, 40, False),
     "Qwen3-32B": _qwen3(5120, 25600, 64, 64, False),
 }
+MODELS |= {
+    f"{name}-{method.upper()}": replace(model, quantization=Quantization(method))
+    for name, model in list(MODELS.items())
+    for method in ("fp8", "awq")
+}
 
 
 @dataclass(frozen=True)
@@ -68,21 +74,30 @@ def peaks_of(device: str | None) -> Peaks | None:
 
 def weights_read(model: ModelConfig) -> int:
     """Bytes of weights that a step reads: all but the input embedding, of which it reads a row a token."""
-    embedding = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
-    return (model.num_params - embedding) * ITEMSIZE
+    return model.weights_bytes(ITEMSIZE) - _embedding(model) * ITEMSIZE
+
+
+def weights_flops(model: ModelConfig) -> int:
+    """Operations that a token's products take, quantised or not."""
+    return 2 * (model.num_params - _embedding(model))
+
+
+def _embedding(model: ModelConfig) -> int:
+    """Parameters that are only looked up."""
+    return 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
 
 
 def decode_step(model: ModelConfig, contexts: list[float]) -> Work:
     """One new token for each sequence; `contexts`: tokens of each."""
     total = sum(contexts)
     num_bytes = weights_read(model) + total * model.kv_bytes_per_token(ITEMSIZE)
-    return Work(num_bytes, weights_read(model) * len(contexts) + _attention_flops(model, total))
+    return Work(num_bytes, weights_flops(model) * len(contexts) + _attention_flops(model, total))
 
 
 def prompts(model: ModelConfig, lengths: list[int]) -> Work:
     """Prompts from their first token on, up to a sampled token each; the weights are read once."""
-    head = model.vocab_size * model.hidden_size * ITEMSIZE
-    layers = weights_read(model) - head  # in bytes: two operations a weight, and two bytes
+    head = 2 * model.vocab_size * model.hidden_size
+    layers = weights_flops(model) - head
     pairs = sum(n * (n + 1) / 2 for n in lengths)
     flops = layers * sum(lengths) + head * len(lengths) + _attention_flops(model, pairs)
     return Work(weights_read(model), flops)
@@ -128,7 +143,11 @@ def share_of_floor(line: dict[str, Any], device: str | None) -> float | None:
     """How much of the time of a line's figure the floor is, up to 1."""
     model, peaks = MODELS.get(line["model"]), peaks_of(device)
     seconds = seconds_of(line)
-    if model is None or peaks is None or seconds is None or line.get("dtype") != "bf16" or line.get("tp", 1) != 1:
+    if model is None or peaks is None or seconds is None or line.get("kv", "bf16") != "bf16" or line.get("tp", 1) != 1:
+        return None
+    method = "bf16" if model.quantization is None else model.quantization.method
+    # Products of prompts have no floor here where they are computed in another dtype, whose rate was not measured.
+    if line.get("dtype") != method or (model.quantization and not line["figure"].startswith(("decode", "sampled"))):
         return None
     least = least_seconds(model, line["figure"], peaks)
     return None if least is None else least / seconds

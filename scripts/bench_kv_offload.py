@@ -75,6 +75,7 @@ class Bench:
                 "dtype": dtype_of(Path(args.model), plan.dtype),
                 "kv": "fp8" if plan.kv_dtype == "uint8" else DTYPES[plan.kv_dtype],
                 "tp": args.tp,
+                "eager": args.eager,
                 **setting(),
                 "device": jax.devices()[0].device_kind,
             },

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from scripts.bench_common import ask, dtype_of, free_port, server, setting, wait_until_ready, writer
+from scripts.bench_common import ask, dtype_of, form_of, free_port, server, setting, wait_until_ready, writer
 
 SAMPLED = {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
 PERCENTILES = ("50", "99")
@@ -145,6 +145,7 @@ def main() -> None:
             "version": ask(url, "/version").get("version"),
             "model": Path(args.model).resolve().name,
             "dtype": dtype_of(Path(args.model), args.dtype),
+            **form_of(more),
             **setting(args.engine),
             "client": client_name,
         }

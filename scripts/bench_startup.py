@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from scripts.bench_common import ask, dtype_of, free_port, server, setting, wait_until_ready, writer
+from scripts.bench_common import ask, dtype_of, form_of, free_port, server, setting, wait_until_ready, writer
 from scripts.bench_serving import serve_command
 
 
@@ -89,6 +89,7 @@ def main() -> None:
     if args.write_weights:
         print(f"wrote {write_weights(folder) / 2**30:.2f} GiB", flush=True)
     common = {"engine": args.engine, "model": folder.resolve().name, "dtype": dtype_of(folder, args.dtype)}
+    common |= form_of(more)
     from_disk = any(folder.glob("*.safetensors"))
     say = writer({**common, **setting(args.engine), "load_format": "safetensors" if from_disk else "dummy"}, args.out)
     with tempfile.TemporaryDirectory() as cache:

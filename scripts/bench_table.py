@@ -45,6 +45,9 @@ LABELS = (
     (r"serve_(\d+)req_concurrency(\d+)", r"HTTP, \1 requests, \2 at a time"),
     (r"startup_(cold|warm)", r"command to the first answer, \1 compile cache"),
     (r"startup", "engine start, without imports"),
+    (r"returning_(\d+)_computed", r"a conversation of \1 tokens comes back, computed"),
+    (r"returning_(\d+)_on_device", r"\1 tokens come back, still on the device"),
+    (r"returning_(\d+)_from_host", r"\1 tokens come back, from the host's memory"),
 )
 LATENCY = re.compile(r"(ttft|itl|tpot)_ms_p(\d+)")
 
