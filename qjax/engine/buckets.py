@@ -33,13 +33,15 @@ class Buckets:
             self.decodes = _upto([8, 16, 32, 64, 128, 192], 256, max_num_seqs)
             self.mixed_decodes = _upto([0, 16, 64, 128], 256, max_num_seqs)
             self.tokens = _upto([16, 64, 128, 256, 512, 1024, 2048, 4096], 8192, max_num_batched_tokens)
-            self.prefills = [max_num_prefills]
+            # A place for a chunk costs attention and sampling a little, used or not, and chunks are rarely short.
+            self.prompts = [(n, min(max(4, n // 16), max_num_prefills)) for n in self.tokens[:-1]]
+            self.prompts.append((self.tokens[-1], max_num_prefills))
             self.pages = [max_pages]
         else:
             self.decodes = _upto([1], 8, max_num_seqs, factor=4)
             self.mixed_decodes = sorted({0, max_num_seqs})
             self.tokens = _upto([32], 256, max_num_batched_tokens, factor=4)
-            self.prefills = _upto([1], 8, max_num_prefills, factor=8)
+            self.prompts = [(n, places) for n in self.tokens for places in _upto([1], 8, max_num_prefills, factor=8)]
             self.pages = _upto([16, 64], 256, max_pages, factor=4)
 
     def choose(self, num_decodes: int, num_tokens: int, num_prefills: int, num_pages: int) -> Bucket:
@@ -47,19 +49,17 @@ class Buckets:
         width = _at_least(self.pages, num_pages)
         if num_tokens == 0:
             return Bucket(_at_least(self.decodes, num_decodes), 0, 0, width)
-        return Bucket(
-            _at_least(self.mixed_decodes, num_decodes),
-            _at_least(self.tokens, num_tokens),
-            _at_least(self.prefills, num_prefills),
-            width,
-        )
+        for tokens, places in self.prompts:
+            if tokens >= num_tokens and places >= num_prefills:
+                return Bucket(_at_least(self.mixed_decodes, num_decodes), tokens, places, width)
+        raise RuntimeError(f"no bucket holds {num_tokens} tokens of {num_prefills} chunks: {self.prompts}")
 
     def ahead(self) -> list[Bucket]:
         """What is compiled before the first request, most needed first: first prompts, then decoding, then the mix."""
-        width, prefills = self.pages[0], self.prefills[-1]
-        first = [Bucket(self.mixed_decodes[0], tokens, prefills, width) for tokens in self.tokens]
+        width = self.pages[0]
+        first = [Bucket(self.mixed_decodes[0], tokens, most, width) for tokens, most in dict(self.prompts).items()]
         decode = [Bucket(n, 0, 0, width) for n in self.decodes]
-        mixed = [Bucket(n, self.tokens[-1], prefills, width) for n in self.mixed_decodes[1:]]
+        mixed = [Bucket(n, *self.prompts[-1], width) for n in self.mixed_decodes[1:]]
         return [first[-1], *decode, *mixed, *first[:-1]]
 
 
