@@ -18,8 +18,8 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent.parent
 DECODE, PREFILL = [8, 0, 0], [0, 2048, 4]
 # Of a layer with 8 rows: eight of attention and norms (dense layers have ten in all), two of the router's product,
-# eight that route, sort and copy rows, two products, one that joins.
-KERNELS_A_LAYER = 21
+# eight that route, sort and copy rows, two products, one that joins. One of bf16's other products XLA cuts into parts.
+KERNELS_A_LAYER = {None: 22, "fp8": 21, "awq": 21}
 OURS = ("grouped_matmul_kernel", "grouped_fp8_matmul_kernel", "grouped_int4_matmul_kernel")
 
 
@@ -43,7 +43,7 @@ def compiled():
 def test_kernels_a_layer(compiled, method):
     one, two = (compiled[0][str([method, layers, DECODE])]["kernels"] for layers in (1, 2))
     is_kernel = lambda name: "empty" not in name  # memory that nobody fills
-    assert 0 < sum(map(is_kernel, two)) - sum(map(is_kernel, one)) <= KERNELS_A_LAYER, two
+    assert 0 < sum(map(is_kernel, two)) - sum(map(is_kernel, one)) <= KERNELS_A_LAYER[method], two
 
 
 @pytest.mark.timeout(900)
