@@ -110,6 +110,7 @@ def join(config: EngineConfig) -> "Followers | Leader | None":
         return None
     hosts = Followers(place, config) if place.rank == 0 else Leader(place, config)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from the server
     jax.distributed.initialize(
         f"{place.address}:{place.port}", place.num_hosts, place.rank, initialization_timeout=int(JOIN_SECONDS)
     )

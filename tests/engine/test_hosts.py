@@ -68,7 +68,9 @@ class Cluster:
             await process.wait()
 
     async def ask(self, **fields):
-        async with self.session.post(self.url + "/v1/completions", json={**BODY, **fields}) as response:
+        async with self.session.post(
+            self.url + "/v1/completions", json={**BODY, "return_token_ids": True, **fields}
+        ) as response:
             body = await response.json()
             assert response.status == 200, body
             return [choice["token_ids"] for choice in body["choices"]]
@@ -84,13 +86,13 @@ async def check_same_text(llm, cluster):
     """Several at a time with prompts of many pages, then one with all that takes another way to the devices."""
     greedy = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
     expected = [output.outputs[0].token_ids for output in llm.generate(PROMPTS, greedy, use_tqdm=False)]
-    together = await asyncio.gather(*(cluster.ask(prompt=p, return_token_ids=True) for p in PROMPTS))
+    together = await asyncio.gather(*(cluster.ask(prompt=p) for p in PROMPTS))
     assert [tokens for [tokens] in together] == expected
     rich = {"temperature": 1.0, "seed": 3, "presence_penalty": 0.7}
     digits = StructuredOutputsParams(regex="[0-9]{8}")
     params = SamplingParams(max_tokens=24, structured_outputs=digits, **rich)
     [output] = llm.generate([PROMPTS[0]], params, use_tqdm=False)
-    fields = {**rich, "structured_outputs": {"regex": digits.regex}, "ignore_eos": False, "return_token_ids": True}
+    fields = {**rich, "structured_outputs": {"regex": digits.regex}, "ignore_eos": False}
     assert await cluster.ask(prompt=PROMPTS[0], **fields) == [output.outputs[0].token_ids]
 
 
