@@ -27,7 +27,9 @@ from scripts.simulate_serving import Replica, Steps, Talk, conversations, report
 NUM_TALKS = 16
 NUM_ROUNDS = 2
 TALK = Talk(system=256, question=64, answer=64, turns=3, pause=0.0)
-BATCHES = (1, 4, 8)  # of a replica, whose steps are measured
+# Rows that a CPU's step has, of a replica: a batch takes as long as the next of these, and beside a prompt the last.
+BUCKETS = (1, 8, 32)
+CONTEXT = TALK.system + TALK.turns * (TALK.question + TALK.answer) // 2  # tokens, on average
 OPTIONS = ["-dp", "2", "--host", "127.0.0.1", "--port", "0", "--kv-cache-memory-bytes", "256MiB"]
 FIELDS = {"temperature": 0, "ignore_eos": True, "return_token_ids": True, "stream": True}
 
@@ -72,21 +74,23 @@ class Client:
 
 
 async def measure_steps(client: Client) -> Steps:
-    """With both replicas busy, as they are later."""
-    decode = []
-    for batch in BATCHES:
+    """With both replicas busy and contexts as long as they are later."""
+    decode: list[tuple[int, float]] = []
+    for batch in BUCKETS:
         for _ in range(2):  # the first may compile
-            streams = [client.stream(client.ids(TALK.question), 96) for _ in range(2 * batch)]
+            streams = [client.stream(client.ids(CONTEXT), 64) for _ in range(2 * batch)]
             found = await asyncio.gather(*streams)
-        # the mean, since another process may take the core for a while
-        spans = [(times[-1] - times[0]) / (len(tokens) - 1) for _, times, tokens in found]
-        decode.append((batch, statistics.mean(spans)))
+        # From the last one's first token on, all decode; the mean, since others may take the core for a while.
+        began = max(times[0] for _, times, _ in found)
+        left = [[t for t in times if t >= began] for _, times, _ in found]
+        spans = [(times[-1] - times[0]) / (len(times) - 1) for times in left if len(times) > 8]
+        decode += [(size, statistics.mean(spans)) for size in (decode[-1][0] + 1 if decode else batch, batch)]
     firsts = []
     for _ in range(5):
         found = await asyncio.gather(*(client.stream(client.ids(512), 1) for _ in range(2)))
         firsts += [times[0] - sent for sent, times, _ in found]
     prefill = statistics.mean(firsts[2:]) / 512
-    return Steps(tuple(decode), prefill)
+    return Steps(tuple(dict(decode).items()), prefill, mixed_decodes=BUCKETS[-1])
 
 
 async def measure(client: Client) -> dict[str, float]:

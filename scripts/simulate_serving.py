@@ -37,12 +37,14 @@ class Steps:
       prefill: seconds a prompt token.
       context: seconds a token whose keys and values a decode step reads, beyond those of the measured steps.
       num_measured: of these a request.
+      mixed_decodes: requests that a step with prompt tokens computes at least, there or not.
     """
 
     decode: tuple[tuple[int, float], ...]
     prefill: float
     context: float = 0.0
     num_measured: int = 0
+    mixed_decodes: int = 0
 
     @classmethod
     def measured(cls, model: str, file: str = "2026-11-23c.jsonl") -> "Steps":
@@ -56,7 +58,8 @@ class Steps:
 
     def seconds(self, num_decodes: int, num_context: int, num_prompt_tokens: int) -> float:
         sizes, times = zip(*self.decode, strict=True)
-        decode = float(np.interp(num_decodes, sizes, times)) if num_decodes else 0.0
+        rows = max(num_decodes, self.mixed_decodes) if num_prompt_tokens else num_decodes
+        decode = float(np.interp(rows, sizes, times)) if num_decodes else 0.0
         decode += max(0, num_context - num_decodes * self.num_measured) * self.context
         return max(decode + num_prompt_tokens * self.prefill, times[0])
 
@@ -107,7 +110,6 @@ class Replica:
             num_cached = self.cache.num_known(request.blocks) * BLOCK_TOKENS
             request.num_cached = min(num_cached, request.num_prompt - 1)
             request.num_left = request.num_prompt - request.num_cached
-            self.cache.add(request.blocks)
             self.prefilling.append(request)
         num_decodes = len(self.decoding)
         room, num_prompt, begun = self.max_tokens - num_decodes, 0, []
@@ -125,6 +127,7 @@ class Replica:
         seconds = self.steps.seconds(num_decodes, self.num_context, num_prompt)
         self.num_context += num_decodes + sum(request.num_prompt for request in begun)
         for request in begun:
+            self.cache.add(request.blocks)
             self.num_seen += 1
             heapq.heappush(self.decoding, (self.num_steps + request.num_output - 1, self.num_seen, request))
         ended = []
@@ -239,18 +242,22 @@ def report(done: list[Request], replicas: list[Replica], window: Window = (0.0, 
     }
 
 
+def throughputs(model: str, file: str) -> tuple[float, float]:
+    """Output tokens a second, simulated and measured, of 256 requests at once, as `throughput_256req_rand` has them."""
+    lines = [json.loads(line) for line in (BENCHMARKS / file).read_text().splitlines()]
+    mine = {x["figure"]: x for x in lines if x["engine"] == "qjax" and x["model"] == model}
+    rng = random.Random(0)
+    requests = [Request(0.0, rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
+    replica = Replica(Steps.measured(model, file), 256, 8192, mine["startup"]["kv_tokens"])
+    found = report(simulate([replica], requests, "load", rng), [replica])["output_tokens_s"]
+    return found, mine["throughput_256req_rand"]["out_tok_s"]
+
+
 def check() -> None:
-    """256 requests at once, prompts and answers of 100 to 1024 tokens, as `throughput_256req_rand` has them."""
-    lines = [json.loads(x) for x in (BENCHMARKS / "2026-11-23c.jsonl").read_text().splitlines()]
-    for model, kv_tokens in (("Qwen3-8B", 400_000), ("Qwen3-0.6B", 655_232)):
-        [real] = [
-            x for x in lines if (x["engine"], x["model"], x["figure"]) == ("qjax", model, "throughput_256req_rand")
-        ]
-        rng = random.Random(0)
-        requests = [Request(0.0, rng.randint(100, 1024), rng.randint(100, 1024)) for _ in range(256)]
-        replica = Replica(Steps.measured(model), 256, 8192, kv_tokens)
-        found = report(simulate([replica], requests, "load", rng), [replica])["output_tokens_s"]
-        print(f"{model}: simulated {found:,.0f} output tokens/s, measured {real['out_tok_s']:,.0f}")
+    for file in ("2026-11-23c.jsonl", "2026-11-24b.jsonl"):
+        for model in KV_BYTES:
+            simulated, measured = throughputs(model, file)
+            print(f"{file}, {model}: simulated {simulated:,.0f} output tokens/s, measured {measured:,.0f}")
 
 
 def main() -> None:
