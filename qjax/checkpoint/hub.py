@@ -3,9 +3,11 @@
 Owns the download and what the user reads when it fails. It does not read the files it brings: see `safetensors.py`.
 """
 
+import contextlib
 import errno
 import os
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -108,6 +110,10 @@ def _from_hugging_face(
             if attempt < MAX_ATTEMPTS and _may_pass(error):
                 time.sleep(attempt)
                 continue
+            if _is_full(_root(error)):
+                raise ValueError(
+                    _full(model, download_dir or hub.constants.HF_HUB_CACHE, _missing(model, call))
+                ) from error
             raise ValueError(_explain(error, model, revision, download_dir)) from error
         except ValueError as error:
             raise ValueError(f"{model!r} cannot be downloaded: {error}") from error
@@ -175,11 +181,38 @@ def _explain(error: BaseException, model: str, revision: str | None, download_di
             f"{constants.ENDPOINT} cannot be reached ({_short(cause)}; {MAX_ATTEMPTS} attempts). Check the network, "
             "HTTPS_PROXY and HF_ENDPOINT, or give a local folder. Files already downloaded are kept."
         )
-    if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"The disk is full while downloading {model!r}. Free space, or choose another place with --download-dir."
     if isinstance(cause, OSError) and cause.errno in (errno.EACCES, errno.EROFS):
         return f"The download folder cannot be written ({cause}). Choose another one with --download-dir."
     return f"{model!r} cannot be downloaded: {_short(cause)}. Try again; files already downloaded are kept."
+
+
+def _is_full(error: BaseException) -> bool:
+    """Whether a write had no room. hf_xet passes on only the system's text, ModelScope may have a cause."""
+    is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    is_full |= any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT))
+    following = error.__cause__ or error.__context__
+    return is_full or (following is not None and _is_full(following))
+
+
+def _full(model: str, folder: str, missing: int | None) -> str:
+    needs = "" if missing is None else f": {missing / 1e9:.3g} GB of it are still to come"
+    with contextlib.suppress(OSError):
+        needs += f"{', and ' if needs else ': '}{shutil.disk_usage(folder).free / 1e9:.3g} GB are free"
+    return (
+        f"The disk is full while downloading {model!r} to {folder!r}{needs}. Free space, or choose another place with "
+        "--download-dir. Files already downloaded are kept."
+    )
+
+
+def _missing(model: str, call: dict[str, Any]) -> int | None:
+    """Bytes of the files that are not there yet, one that is there in part as a whole; None: the hub does not say."""
+    import huggingface_hub as hub
+
+    try:
+        files = hub.snapshot_download(model, **call, dry_run=True)
+    except Exception:  # the disk is what matters to the user
+        return None
+    return sum(file.file_size or 0 for file in files if file.will_download)
 
 
 def _short(error: BaseException) -> str:
@@ -215,6 +248,9 @@ def _from_modelscope(
     try:
         return Path(snapshot_download(model, **call))
     except Exception as error:  # its own classes differ from version to version
+        if _is_full(error):
+            cache = os.environ.get("MODELSCOPE_CACHE", "~/.cache/modelscope")
+            raise ValueError(_full(model, str(Path(download_dir or cache).expanduser()), None)) from error
         what = f"revision {revision!r} of {model!r}" if revision else repr(model)
         raise ValueError(
             f"ModelScope cannot give {what}: {_short(error)}. Check the name, --revision and MODELSCOPE_API_TOKEN, "

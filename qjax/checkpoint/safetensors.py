@@ -189,20 +189,31 @@ def _open_file(path: Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
-            raise ValueError(f"{path}: truncated: {size} bytes, its header alone should have {length}.")
+            raise ValueError(
+                f"{path}: truncated: {size} bytes, its header alone should have {length}. Download it again."
+            )
         try:
             header = json.loads(file.read(length))
         except ValueError as error:
-            raise ValueError(f"{path}: the header is not JSON: {error}.") from None
+            raise ValueError(f"{path}: the header is not JSON: {error}. Download it again.") from None
     try:
         header.pop("__metadata__", None)
         entries = []
         for name, entry in header.items():
-            start, stop = entry["data_offsets"]
-            entries.append((name, entry["dtype"], tuple(entry["shape"]), start, stop))
-        expected = 8 + length + max((entry[-1] for entry in entries), default=0)
+            (start, stop), shape = entry["data_offsets"], tuple(entry["shape"])
+            if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+                raise ValueError(f"tensor {name} has shape {list(shape)} and offsets {[start, stop]}")
+            entries.append((name, str(entry["dtype"]), shape, start, stop))
+        end = 0
+        for start, stop, name in sorted((start, stop, name) for name, _, _, start, stop in entries):
+            if start != end:
+                raise ValueError(f"tensor {name} begins at byte {start}, the one before it ends at {end}")
+            end = stop
+        expected = 8 + length + end
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: the header is not that of a safetensors file: {error!r}.") from None
+        raise ValueError(
+            f"{path}: the header is not that of a safetensors file: {error!r}. Download it again."
+        ) from None
     if size != expected:
         what = "truncated" if size < expected else "damaged"
         raise ValueError(f"{path}: {what}: {size} bytes instead of {expected}. Download it again.")

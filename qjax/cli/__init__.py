@@ -5,7 +5,9 @@ Nothing heavy is imported before it is needed: help and wrong options answer at 
 """
 
 import argparse
+import contextlib
 import difflib
+import faulthandler
 import logging
 import os
 import sys
@@ -56,6 +58,9 @@ class MainParser(Parser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command. Returns the exit code: 0, 2 for a user's error, 130 after Ctrl-C."""
+    if not faulthandler.is_enabled():
+        with contextlib.suppress(ValueError, AttributeError):  # stderr is no file
+            faulthandler.enable()  # a mapped checkpoint that is cut, or a disk that cannot read it: SIGBUS
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
     except ValueError as error:

@@ -146,7 +146,10 @@ def test_a_disk_that_is_full_and_then_is_not(client: Client, stub: HubStub, tmp_
         error = client.error("org/model", download_dir=str(tmp_path))
     finally:
         resource.prlimit(pid, resource.RLIMIT_FSIZE, limits)
-    assert "The disk is full while downloading 'org/model'" in error and "--download-dir" in error
+    assert f"The disk is full while downloading 'org/model' to {str(tmp_path)!r}: 0.0147 GB" in error
+    assert "are free" in error and "--download-dir" in error
+    stub.fail[:] = [503] * hub.MAX_ATTEMPTS
+    assert "answered 503" in client.error("org/model", download_dir=str(tmp_path)), "what is there is no model yet"
     folder = client.resolve("org/model", download_dir=str(tmp_path))
     assert (folder / "model.safetensors").read_bytes() == WEIGHTS
 
@@ -256,6 +259,8 @@ class TestModelScope:
 
         def snapshot_download(model: str, **options: object) -> str:
             calls.append((model, options))
+            if model == "org/large":
+                raise RuntimeError("download failed") from OSError(28, "No space left on device")
             if model == "org/missing":
                 raise RuntimeError("404 not found\nmore")
             (tmp_path / "config.json").touch()
@@ -270,6 +275,8 @@ class TestModelScope:
         assert hub.resolve("org/model", revision="v1", need_weights=False) == tmp_path
         patterns = list(hub.CONFIG_FILES)
         assert calls == [("org/model", {"revision": "v1", "cache_dir": None, "allow_patterns": patterns})]
+        with pytest.raises(ValueError, match=r"The disk is full while downloading 'org/large' to .*--download-dir"):
+            hub.resolve("org/large")
         with pytest.raises(ValueError, match=r"ModelScope cannot give 'org/missing': 404 not found\. Check"):
             hub.resolve("org/missing")
 
@@ -278,6 +285,7 @@ class TestModelScope:
     ("error", "message"),
     [
         (OSError(28, "No space left on device"), "The disk is full .*--download-dir"),
+        (RuntimeError("Data processing error: File I/O: No space left on device (os error 28)"), "The disk is full"),
         (PermissionError(13, "Permission denied", "/cache"), "cannot be written .*--download-dir"),
         (RuntimeError("Data processing error: CAS\nmore"), "cannot be downloaded: Data processing error: CAS. Try"),
         (ValueError("too large"), "cannot be downloaded: too large"),

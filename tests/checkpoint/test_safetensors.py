@@ -1,7 +1,11 @@
 """Loading: the right numbers in the right place, little memory, and a named reason for every broken folder."""
 
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 import tracemalloc
 
@@ -218,6 +222,70 @@ def test_a_header_of_another_kind_is_named(tmp_path, header):
     data = len(header).to_bytes(8, "little") + header
     message = broken(tmp_path, lambda folder, files: files[0].write_bytes(data))
     assert "model-00001-of-00002.safetensors: the header is not that of a safetensors file" in message
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"data_offsets": [-64, 0]},
+        {"data_offsets": [64, 128]},
+        {"data_offsets": [0.0, 64.0]},
+        {"data_offsets": [0, 2**70]},
+        {"shape": [-4, -4]},
+        {"shape": "ab"},
+        {"shape": [16.0]},
+        {"dtype": ["F32"]},
+        {"dtype": "F33"},
+    ],
+    ids=str,
+)
+def test_offsets_and_shapes_that_cannot_be_are_named(tmp_path, wrong):
+    """`x` is wrong; `y`, where there is one, has the same bytes as it should have."""
+    good = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]}
+    for entries in ({"x": good | wrong}, {"y": good, "x": good | wrong}, {"y": good, "x": good}):
+        header = json.dumps(entries).encode()
+        file = tmp_path / "model.safetensors"
+        file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(64))
+        with pytest.raises(ValueError, match=re.escape(f"{file}: ")):
+            safetensors.open_folder(tmp_path)
+
+
+def test_any_flipped_bit_of_a_header_is_named_or_only_a_name(tmp_path):
+    """In the data nothing can be told from other weights: the format has no checksum."""
+    header = b'{"weight": {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64]}}'
+    file, whole = tmp_path / "model.safetensors", len(header).to_bytes(8, "little") + header + bytes(64)
+    num_read = 0
+    for i in range(8 * (8 + len(header))):
+        data = bytearray(whole)
+        data[i // 8] ^= 1 << i % 8
+        file.write_bytes(data)
+        try:
+            [tensor] = safetensors.open_folder(tmp_path).values()
+        except ValueError as error:
+            assert str(error).startswith(f"{file}: "), error
+        else:
+            assert tensor.shape == (2, 8) and tensor.dtype == np.float32
+            num_read += 1
+    assert num_read < 8 * len("weight") + 8
+
+
+def test_a_file_that_is_cut_while_it_is_read_ends_the_process_with_a_word(tmp_path):
+    """Its pages are gone, so the system ends the process (SIGBUS): `qjax` says at least what it was doing."""
+    write_checkpoint(tmp_path)
+    code = f"""
+import os
+from qjax import cli
+from qjax.checkpoint.safetensors import open_folder
+cli.main(["--version"])
+tensors = open_folder({str(tmp_path)!r})
+os.truncate({str(tmp_path / "model.safetensors")!r}, 4096)
+def read_weights(): return sum(tensor.view("u1").sum() for tensor in tensors.values())
+read_weights()
+"""
+    environ = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=environ)
+    assert done.returncode == -signal.SIGBUS
+    assert "Fatal Python error: Bus error" in done.stderr and "in read_weights" in done.stderr
 
 
 def test_a_file_that_is_too_long_is_named(tmp_path):
