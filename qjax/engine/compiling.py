@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -23,6 +23,7 @@ log = logging.getLogger("qjax")
 COMPILER_OPTIONS: dict[str, str | bool] = {"xla_disable_hlo_passes": "rematerialization"}
 # For products of many rows cuBLAS wins every time; compiling Triton's kernels only to try them takes most of the time.
 MANY_ROWS = 96
+SMALL_ROWS = 128
 
 
 class CompiledSteps:
@@ -44,6 +45,8 @@ class CompiledSteps:
         self.traced = TracedSteps(program, folder)
         self._modeldef, self._leaves = modeldef, leaves
         self._steps: dict[Key, Callable] = {}
+        self._begun: dict[Key, Future[Callable]] = {}
+        self._pool = ThreadPoolExecutor(max_workers=16)  # tracing holds Python's lock, but the compiler does not
         self.count, self.seconds = 0, 0.0
         self.is_running, self.ended = False, 0.0
 
@@ -60,27 +63,34 @@ class CompiledSteps:
             log.debug("compiled %s %s in %.1f s", bucket, options, time.perf_counter() - started)
         return self._steps[key]
 
-    def trace(self, keys: Sequence[Key]) -> None:
-        """Has them traced by other processes, for `ahead`. Not compiled yet: XLA takes the kernel of each product that
-        was fastest, which it can only tell while the device does nothing else."""
+    def begin(self, keys: Sequence[Key]) -> None:
+        """Has steps made for `ahead` while other things go on: traced by other processes, and the small ones compiled.
+
+        The large ones wait: XLA takes the kernel of each product that was fastest, which it can only tell while the
+        device does nothing else. Small steps multiply with kernels of our own, or as fast as memory gives.
+        """
         if self.program.plan.is_gpu and sharding.tensor_parallel_size(self.program.mesh) == 1:
             self.traced.start(keys)
+            small = [key for key in keys if _num_rows(key) <= SMALL_ROWS and self.traced.is_coming(key)]
+            self._begun = {key: self._pool.submit(self._compile, key) for key in small}
+
+    def cancel(self) -> None:
+        """What has begun is not needed: the start failed."""
+        self.traced.cancel()
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def ahead(self, keys: Sequence[Key], *, progress: bool) -> None:
-        """Several at a time: tracing holds Python's lock, but the compiler does not."""
+        """All of them, several at a time."""
         started = time.perf_counter()
-        bar = tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress)
-        with ThreadPoolExecutor(max_workers=16) as pool, bar:
-            futures = {key: pool.submit(self._compile, key) for key in keys}
+        with tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress) as bar:
+            futures = {key: self._begun.pop(key, None) or self._pool.submit(self._compile, key) for key in keys}
             for key, future in futures.items():
                 self._steps[key] = future.result()
                 bar.update()
         self._add(len(keys), started)
 
     def _compile(self, key: Key) -> Callable:
-        bucket, _ = key
-        is_large = bucket.num_decodes + bucket.num_tokens >= MANY_ROWS
-        few_tries = {"xla_gpu_enable_triton_gemm": False} if is_large else {}
+        few_tries = {"xla_gpu_enable_triton_gemm": False} if _num_rows(key) >= MANY_ROWS else {}
         step = self.traced.get(key) or self.program.step(self._modeldef, *key)
         assert isinstance(self.program.mesh, jax.sharding.Mesh)
         with jax.set_mesh(self.program.mesh):
@@ -90,3 +100,8 @@ class CompiledSteps:
     def _add(self, count: int, started: float) -> None:
         self.count += count
         self.seconds += time.perf_counter() - started
+
+
+def _num_rows(key: Key) -> int:
+    bucket, _ = key
+    return bucket.num_decodes + bucket.num_tokens

@@ -104,12 +104,12 @@ def load(config: EngineConfig, *, progress: bool, on_phase: Callable[[str], None
     compiles = CompiledSteps(program, modeldef, abstract, Path(jax.config.jax_compilation_cache_dir) / "steps")
     usual = _usual_options(defaults, pooling)
     if sizes.is_gpu and not config.enforce_eager and hosts is None:
-        compiles.trace(program.ahead([usual]))  # beside all that follows
+        compiles.begin(program.ahead([usual]))  # beside all that follows
     try:
         tokenizer = Tokenizer.from_pretrained(tokenizer_folder)  # imports for seconds
         leaves = load_weights(config, folder, model_config, mesh, dtype, progress=progress)
     except BaseException:
-        compiles.traced.cancel()
+        compiles.cancel()
         raise
     return Loaded(
         *(folder, model_config, tokenizer, defaults, eos_token_ids, sizes, mesh, modeldef, leaves, compiles, usual),

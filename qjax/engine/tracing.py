@@ -72,6 +72,10 @@ class TracedSteps:
             work = [(self._path(key), key) for key in missing[i::count]]
             self._processes.append(_start_process(pickle.dumps((self._program, work))))
 
+    def is_coming(self, key: Key) -> bool:
+        """Whether `get` will not leave the tracing to the caller."""
+        return bool(self._processes) or self._path(key).exists()
+
     def get(self, key: Key) -> Any:
         """The jitted step, or None: it is not kept, and no process is at work on it."""
         path = self._path(key)

@@ -1,12 +1,15 @@
 """Steps traced by other processes and kept on disk do what those traced here do; whatever is wrong costs time only."""
 
+from concurrent.futures import wait
 from pathlib import Path
 
 import pytest
 
 from qjax import LLM, SamplingParams
 from qjax.engine import tracing
+from qjax.engine.compiling import CompiledSteps
 from qjax.engine.program import Program
+from qjax.engine.step import StepOptions
 from qjax.engine.tracing import TracedSteps
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=6, presence_penalty=0.5)  # with all of a step's arguments
@@ -75,3 +78,20 @@ def test_another_program_is_another_folder(llm: LLM, change: str, tmp_path: Path
     else:
         program = Program(program.model_config, tracing.replace(program.plan, num_pages=7), program.mesh)
     assert TracedSteps(program, tmp_path)._folder != before
+
+
+def test_small_steps_are_compiled_while_other_things_go_on(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The large ones, whose kernels XLA chooses by their time, on a device that does nothing else."""
+    program = llm.engine.runner.program
+    on_gpu = tracing.replace(program, plan=tracing.replace(program.plan, is_gpu=True, max_num_seqs=256))
+    compiles, made = CompiledSteps(on_gpu, llm.engine.runner.modeldef, (), tmp_path), []
+    monkeypatch.setattr(compiles, "_compile", lambda key: made.append(key) or len)
+    monkeypatch.setattr(compiles.traced, "start", lambda keys: None)
+    monkeypatch.setattr(compiles.traced, "is_coming", lambda key: True)
+    keys = on_gpu.ahead([StepOptions()])
+    compiles.begin(keys)
+    wait(compiles._begun.values())
+    assert 0 < len(made) < len(keys)
+    assert all(bucket.num_decodes + bucket.num_tokens <= 128 for bucket, _ in made)
+    compiles.ahead(keys, progress=False)
+    assert sorted(made) == sorted(keys)
