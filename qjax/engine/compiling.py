@@ -83,10 +83,11 @@ class CompiledSteps:
         """All of them, several at a time."""
         started = time.perf_counter()
         with tqdm(total=len(keys), desc="Compiling", unit="shape", disable=not progress) as bar:
-            futures = {key: self._begun.pop(key, None) or self._pool.submit(self._compile, key) for key in keys}
+            futures = {key: self._begun.get(key) or self._pool.submit(self._compile, key) for key in keys}
             for key, future in futures.items():
                 self._steps[key] = future.result()
                 bar.update()
+        self._begun.clear()
         self._add(len(keys), started)
 
     def _compile(self, key: Key) -> Callable:
