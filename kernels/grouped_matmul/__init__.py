@@ -3,12 +3,11 @@
 import jax
 
 from qjax.kernels.dispatch import dispatch
-from qjax.kernels.grouped_matmul.choosing import choose_experts, weights_of
 from qjax.kernels.grouped_matmul.groups import Groups, group_rows, tile_rows
 from qjax.kernels.grouped_matmul.reference import grouped_matmul_ref
 from qjax.kernels.grouped_matmul.routing import Routing, route
 
-__all__ = ["Groups", "Routing", "choose_experts", "group_rows", "grouped_matmul", "route", "tile_rows", "weights_of"]
+__all__ = ["Groups", "Routing", "group_rows", "grouped_matmul", "route", "tile_rows"]
 
 
 def grouped_matmul(

@@ -1,11 +1,12 @@
 """From a router's logits to rows sorted by expert."""
 
+import functools
+import operator
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from qjax.kernels.grouped_matmul.choosing import choose_experts, weights_of
 from qjax.kernels.grouped_matmul.groups import group_rows
 
 
@@ -46,9 +47,10 @@ def route(
       is_normalized: the weights of a token are divided by their sum.
       own_experts: (first, number) of those that are on this device: what is sent to others is dropped; None: all.
     """
-    probs = jax.nn.softmax(logits)
-    chosen = choose_experts(probs, k)
-    weights = weights_of(probs, chosen, is_normalized=is_normalized)
+    weights, chosen = jax.lax.top_k(jax.nn.softmax(logits), k)
+    if is_normalized:
+        # Not jnp.sum: a few additions are computed where the weights are needed, a sum is a kernel of its own.
+        weights /= functools.reduce(operator.add, [weights[:, j] for j in range(k)])[:, None]
     first, number = own_experts or (0, logits.shape[1])
     groups = group_rows(jnp.where(is_token[:, None], chosen - first, number), number, tile)
     return Routing(groups.position.T, weights.T, groups.work, groups.source)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qjax import sharding
-from qjax.kernels.grouped_matmul import choose_experts, route, tile_rows
+from qjax.kernels.grouped_matmul import route, tile_rows
 from qjax.models.config import ModelConfig
 from qjax.models.layers import Linear, matmul
 from qjax.models.projection import experts_projection
@@ -44,7 +44,7 @@ class MoEFeedForward(nnx.Module):
         logits = matmul(x, self.gate.kernel[...], out_dtype=jnp.float32, out_sharding=where)
         probs = jax.nn.softmax(logits)
         # Nobody computes these two where the batch does not look at them.
-        cache = batch.after_routing(probs, choose_experts(probs, self.experts.num_experts_per_tok), cache)
+        cache = batch.after_routing(probs, jax.lax.top_k(probs, self.experts.num_experts_per_tok)[1], cache)
         return self.experts(x, logits, batch.is_token, batch.implementation), cache
 
 

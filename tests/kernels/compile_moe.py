@@ -7,6 +7,7 @@ Each argument: how it is quantised or null, layers, [decode rows, prompt tokens,
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -29,8 +30,10 @@ def main() -> None:
         quantised = {"quantization_config": QUANTIZATION[method]} if method else {}
         MODELS["Qwen3-30B-A3B"] = ModelConfig.from_hf(LARGE | quantised)
         lowered = trace(mesh, "Qwen3-30B-A3B", *shape).lower(lowering_platforms=("cuda",))
+        started = time.perf_counter()
         compiled = lowered.compile(COMPILER_OPTIONS)
-        line = {"spec": spec, "kernels": kernels(compiled.as_text()), "loops": compiled.as_text().count(" while(")}
+        seconds = time.perf_counter() - started
+        line = {"spec": spec, "compile_s": seconds, "kernels": kernels(compiled.as_text()), "loops": compiled.as_text().count(" while(")}
         line["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         print("STEP " + json.dumps(line), flush=True)
 

@@ -4,13 +4,11 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qjax import sharding
 from qjax.checkpoint.safetensors import load_params
-from qjax.kernels.grouped_matmul import choose_experts, weights_of
 from qjax.models.batch import Batch
 from qjax.models.config import ModelConfig
 from qjax.models.qwen3 import abstract_model
@@ -167,24 +165,6 @@ def test_the_golden_model_has_ties_and_an_expert_that_nobody_chooses():
     for a, b in EQUAL:  # the first of them
         has_a, has_b = (chosen == a).any(1), (chosen == b).any(1)
         assert (has_a | ~has_b).all() if a < b else (has_b | ~has_a).all()
-
-
-def test_of_equal_experts_the_first_are_chosen():
-    probs = jnp.asarray([[0.1, 0.3, 0.1, 0.3, 0.2], [0.2, 0.2, 0.2, 0.2, 0.2]], jnp.float32)
-    experts = choose_experts(probs, 3)
-    assert experts.tolist() == [[1, 3, 4], [0, 1, 2]]
-    weights = weights_of(probs, experts, is_normalized=False)
-    np.testing.assert_array_equal(weights, np.take_along_axis(np.asarray(probs), np.asarray(experts), 1))
-    weights = weights_of(probs, experts, is_normalized=True)
-    np.testing.assert_allclose(weights[0], np.array([0.3, 0.3, 0.2]) / 0.8, rtol=1e-6)
-
-
-def test_experts_are_chosen_as_top_k_chooses_them():
-    probs = jnp.round(jax.random.uniform(jax.random.key(0), (200, 128)) * 40) / 40  # many are equal
-    experts = jax.jit(choose_experts, static_argnums=1)(probs, 8)
-    weights, expected = jax.lax.top_k(probs, 8)
-    np.testing.assert_array_equal(experts, expected)
-    np.testing.assert_array_equal(weights_of(probs, experts, is_normalized=False), weights)
 
 
 def test_a_row_that_is_no_number_stays_in_its_row():
