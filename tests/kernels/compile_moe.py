@@ -33,7 +33,8 @@ def main() -> None:
         started = time.perf_counter()
         compiled = lowered.compile(COMPILER_OPTIONS)
         seconds = time.perf_counter() - started
-        line = {"spec": spec, "compile_s": seconds, "kernels": kernels(compiled.as_text()), "loops": compiled.as_text().count(" while(")}
+        text = compiled.as_text()
+        line = {"spec": spec, "compile_s": seconds, "kernels": kernels(text), "loops": text.count(" while(")}
         line["temp_bytes"] = compiled.memory_analysis().temp_size_in_bytes
         print("STEP " + json.dumps(line), flush=True)
 
