@@ -58,13 +58,13 @@ def plan(tile: int, N: int, block_n: int, block_d: int, is_gated: bool) -> Plan:
         tile_n //= 2
     if tile_n < PIECE:
         raise NotImplementedError(f"a product with {N} columns")
-    return Plan(num_warpgroups, tile_n, num_stages_of(num_warpgroups, sides * tile_n, block_d, is_rounded), is_rounded)
+    return Plan(num_warpgroups, tile_n, num_stages_of(tile, sides * tile_n, block_d, is_rounded), is_rounded)
 
 
-def num_stages_of(num_warpgroups: int, columns: int, block_d: int, is_rounded: bool) -> int:
-    rows = num_warpgroups * PIECE
-    stage = rows * block_d * (1 if is_rounded else 3) + columns * block_d + 1024  # as it came, and rounded; scales
-    return min(MAX_STAGES, (SMEM_BYTES - num_warpgroups * PIECE * PIECE * 2) // stage)
+def num_stages_of(tile: int, columns: int, block_d: int, is_rounded: bool) -> int:
+    rows, came = max(PIECE, tile), 0 if is_rounded else 2 * tile
+    stage = (rows + came + columns) * block_d + 1024  # rounded, as it came, weights; scales
+    return min(MAX_STAGES, (SMEM_BYTES - rows * PIECE * 2) // stage)
 
 
 def grouped_fp8_matmul_mosaic(
@@ -200,7 +200,7 @@ def _product(w, scale, work, x, *row_scales, cut: Plan, is_gated: bool, dtype, i
                         plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], x_smem.at[slot, box], full.at[slot])
                         plgpu.copy_gmem_to_smem(row_scale_ref.at[i, rows], row_scale_smem.at[slot, box], full.at[slot])
                     else:
-                        plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], came[0].at[slot, box], came[1].at[slot])
+                        plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], came[0].at[slot], came[1].at[slot])
 
                 lax.fori_loop(0, steps, step, None)
 
@@ -219,7 +219,7 @@ def _product(w, scale, work, x, *row_scales, cut: Plan, is_gated: bool, dtype, i
                     def step(i, _):
                         slot = slot_of(done + i)
                         plgpu.barrier_wait(came[1].at[slot])  # so the slot's last products are done as well
-                        x_smem[slot], row_scale_smem[slot] = rounded(came[0].at[slot])
+                        x_smem[slot, :tile], row_scale_smem[slot, :tile] = rounded(came[0].at[slot])
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(full.at[slot])
 
@@ -229,7 +229,7 @@ def _product(w, scale, work, x, *row_scales, cut: Plan, is_gated: bool, dtype, i
 
     rows = num_warpgroups * PIECE
     came: list[Any] = [
-        plgpu.SMEM((num_stages, rows, block_d), dtype, transforms=tiled(block_d, 2)),
+        plgpu.SMEM((num_stages, tile, block_d), dtype, transforms=tiled(block_d, 2)),
         plgpu.Barrier(num_barriers=num_stages),
     ]
     return plgpu.kernel(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from qjax.kernels.fp8_matmul.reference import E4M3, LARGEST, SMALLEST_AMAX
@@ -25,6 +26,12 @@ PIECE = 64  # rows of a wgmma
 LEAVING_BYTES = 128  # of each row of a piece, that leave through shared memory at once
 MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
+
+
+def strips(columns: int) -> plgpu.Layout:
+    """Rows in eights, two a warp, each thread with neighbouring columns: few rows cost little."""
+    tiling = Tiling(((8, columns), (2, columns), (columns // 16,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
 
 
 def tiled(columns: int, itemsize: int) -> tuple:
@@ -66,8 +73,8 @@ def plan(M: int, D: int, N: int, block_n: int, block_d: int) -> Plan:
     for block_rows, tile_n in itertools.product(heights, (64, 128, 256)):
         if N % tile_n or block_rows * tile_n > 256 * 128:  # the accumulators' registers
             continue
-        row_bytes = block_d if is_rounded else 3 * block_d  # as it came, and rounded
-        stage = block_rows * row_bytes + tile_n * block_d + max(1024, block_rows * 4)
+        came = 0 if is_rounded else 2 * block_d * -(-M // 8) * 8
+        stage = block_rows * block_d + came + tile_n * block_d + max(1024, block_rows * 4)
         num_stages = min(8, (SMEM_BYTES - 2 * num_buffers(block_rows) * PIECE * LEAVING_BYTES) // stage)
         for num_parts in range(1, min(9, D // block_d + 1)):
             cut = Plan(block_rows, tile_n, num_parts, num_stages, is_rounded)
@@ -87,7 +94,7 @@ def _microseconds(M: int, D: int, N: int, block_d: int, cut: Plan) -> float:
     from_memory = block_d * cut.tile_n / (3.0e6 / NUM_SMS) / row_blocks  # of one step, at an SM's share of 3.0 TB/s
     from_cache = block_d * (cut.tile_n + rows * (1 if cut.is_rounded else 2)) / (5.5e6 / NUM_SMS)
     multiply = 2 * cut.block_rows * cut.tile_n * block_d / (1100e6 / NUM_SMS)
-    latency = 0.25 if cut.is_rounded else 0.4  # of a product that waits for itself, and of rounding
+    latency = 0.25 if cut.is_rounded else 0.5 + 0.006 * rows  # of a product that waits for itself, and of rounding
     results = M * N * (2 * 4 * cut.num_parts if cut.num_parts > 1 else 2) / 2e6  # written and read, from the cache
     return steps * max(from_memory, from_cache, multiply, latency) + rounds * 1.0 + results
 
@@ -108,7 +115,7 @@ def fp8_matmul_mosaic(
 
 def rounded(x_smem) -> tuple[jax.Array, jax.Array]:
     """A tile [rows, columns] in e4m3 and the scales [rows]."""
-    values = plgpu.load(x_smem, layout=MATRIX).astype(jnp.float32)
+    values = plgpu.load(x_smem, layout=strips(x_smem.shape[1])).astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(values), axis=1), SMALLEST_AMAX)
     return (values * lax.broadcast_in_dim(LARGEST / amax, values.shape, [0])).astype(E4M3), amax * (1 / LARGEST)
 
@@ -267,7 +274,7 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
                         scales = row_scale_ref.at[first + i, rows]
                         plgpu.copy_gmem_to_smem(scales, row_scale_smem.at[slot, box], full.at[slot])
                     else:
-                        plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], came[0].at[slot, box], came[1].at[slot])
+                        plgpu.copy_gmem_to_smem(x_ref.at[rows, deep], came[0].at[slot], came[1].at[slot])
 
                 lax.fori_loop(0, count, step, None)
 
@@ -286,7 +293,7 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
                     def step(i, _):
                         slot = slot_of(done + i)
                         plgpu.barrier_wait(came[1].at[slot])  # so the slot's last products are done as well
-                        x_smem[slot], row_scale_smem[slot] = rounded(came[0].at[slot])
+                        x_smem[slot, :box_rows], row_scale_smem[slot, :box_rows] = rounded(came[0].at[slot])
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(full.at[slot])
 
@@ -298,7 +305,7 @@ def _product(w, scale, x, *row_scales, cut: Plan, dtype, interpret: bool) -> jax
     emptied = functools.partial(plgpu.ClusterBarrier, collective_axes=("pair",)) if is_paired else plgpu.Barrier
     arrivals = 3 if is_rounded else 2  # x, w and scales; w and the warpgroup that rounds
     came: list[Any] = [
-        plgpu.SMEM((num_stages, block_rows, block_d), dtype, transforms=tiled(block_d, 2)),
+        plgpu.SMEM((num_stages, box_rows, block_d), dtype, transforms=tiled(block_d, 2)),
         plgpu.Barrier(num_barriers=num_stages),
     ]
     return plgpu.kernel(

@@ -105,8 +105,8 @@ def test_close_to_the_weight_only_product():
 def test_every_cut_fits_shared_memory(M: int, D: int, N: int):
     block_n, block_d = (64 if size in (1216, 2432) else 128 for size in (N, D))
     cut = plan(M, D, N, block_n, block_d)
-    x_bytes = block_d if cut.is_rounded else 3 * block_d
-    stage = cut.block_rows * (x_bytes + 4) + cut.tile_n * block_d
+    came = 0 if cut.is_rounded else 2 * block_d * -(-M // 8) * 8
+    stage = cut.block_rows * (block_d + 4) + came + cut.tile_n * block_d
     assert N // cut.tile_n % (2 if cut.is_paired else 1) == 0 == N % cut.tile_n and 1 <= cut.num_parts <= D // block_d
     assert cut.num_stages >= 2
     assert cut.num_stages * stage + 2 * num_buffers(cut.block_rows) * 64 * 128 <= SMEM_BYTES
