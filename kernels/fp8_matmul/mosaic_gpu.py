@@ -28,7 +28,7 @@ MATRIX = plgpu.Layout.WGMMA
 ROWS = plgpu.Layout.WGMMA.reduce(1)  # one value for each row of a MATRIX
 
 
-def strips(columns: int) -> plgpu.Layout:
+def strips(columns: int) -> Any:
     """Rows in eights, two a warp, each thread with neighbouring columns: few rows cost little."""
     tiling = Tiling(((8, columns), (2, columns), (columns // 16,)))
     return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
